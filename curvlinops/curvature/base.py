@@ -1,0 +1,231 @@
+"""The base class of curvature matrices: a sum over mini-batches of a per-batch product."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Self, TypedDict
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.space import Space
+from curvlinops.risk.collective import raise_together
+from curvlinops.risk.determinism import check_deterministic as run_determinism_check
+from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
+from curvlinops.risk.linearization import in_chunks
+from curvlinops.risk.losses import as_loss
+from curvlinops.risk.model import FunctionalModel, Parameters
+
+#: Maps columns-last tensors to the product with the sum over one mini-batch's data.
+BatchProduct = Callable[[list[Tensor]], list[Tensor]]
+
+
+class RiskOptions(TypedDict, total=False):
+    """Keyword-only arguments of every curvature operator; see :class:`CurvatureLinearOperator`."""
+
+    weight_fn: Callable[[Any, Any], Tensor] | None
+    process_group: ProcessGroup | None
+    chunk_size: int | str
+
+
+class CurvatureLinearOperator(LinearOperator):
+    r"""A curvature matrix of an empirical risk, :math:`C = \sum_b d_b C_b / \sum_b d_b`.
+
+    :math:`C_b` is the curvature of mini-batch b's own reduced loss and :math:`d_b` its denominator under 'mean'; under
+    'sum' the :math:`C_b` are added. The matrix is that of the loss of all data at once, however they are cut into
+    mini-batches. It is evaluated at the parameters as they are at each product; :meth:`frozen` keeps a copy.
+
+    To make a matrix of your own, subclass and write :meth:`_matmat_batch`.
+
+    Args:
+        model_func: Module or callable of X, or callable of (params_dict, X).
+        loss_func: ``nn.CrossEntropyLoss``, ``nn.MSELoss``, ``nn.BCEWithLogitsLoss``, or any callable
+            (prediction, y) -> scalar.
+        params: List of parameters, or dict from names to tensors.
+        data: Iterable of mini-batches (X, y), or of mappings with ``labels``; read again at each product.
+        progressbar: Whether to show progress over the data.
+        check_deterministic: Whether to check once that model and data repeat. Cost: two forwards.
+        num_data: Number of data; a mismatch is an error.
+        batch_size_fn: Number of data in X, where it cannot be seen.
+        weight_fn: Weight of each datum ``[N]`` as a function of (X, y); multiplies the datum's loss and its share
+            in the denominator.
+        process_group: Ranks that each hold a shard of the data; the result is that of the union.
+        chunk_size: Columns that go through the network together, or ``"auto"``.
+
+    Raises:
+        TypeError: If an argument is of the wrong kind.
+        ValueError: If parameters do not fit the model, or data are empty.
+        NotImplementedError: If an option of the loss is not supported.
+        DeterminismError: If model or data do not repeat.
+    """
+
+    #: Whether the matrix depends on the order of the data.
+    _ORDER_MATTERS = False
+    #: Whether it is a sum over data, so that shards add up.
+    _IS_SUM = True
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        hooks = ("_matmat_batch", "_linearize_batch", "_matmat")
+        own = [h for h in hooks if getattr(cls, h) is not getattr(CurvatureLinearOperator, h)]
+        if not own:
+            raise TypeError(f"{cls.__name__} must implement _matmat_batch(self, X, y, M) to be a curvature operator.")
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any],
+        loss_func: Callable[[Tensor, Any], Tensor] | None,
+        params: Parameters,
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        *,
+        weight_fn: Callable[[Any, Any], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+        chunk_size: int | str = "auto",
+    ) -> None:
+        self._model_func = model_func
+        self._loss_func = loss_func
+        self._chunk_size = _checked_chunk_size(chunk_size)
+        if process_group is not None and not self._IS_SUM:
+            raise NotImplementedError(
+                f"{type(self).__name__} stacks data instead of summing over them: process_group is not supported."
+            )
+        if weight_fn is not None and self._is_users_own:
+            raise NotImplementedError(
+                f"{type(self).__name__} implements _matmat_batch, which does not see example weights: weight_fn is not "
+                "supported. Weigh inside of _matmat_batch."
+            )
+        model = FunctionalModel(model_func, params)
+        self._risk = EmpiricalRisk(
+            model,
+            None if loss_func is None else as_loss(loss_func),
+            data,
+            name=type(self).__name__,
+            progressbar=progressbar,
+            num_data=num_data,
+            batch_size_fn=batch_size_fn,
+            weight_fn=weight_fn,
+            process_group=process_group,
+        )
+        first = model.params[0]
+        space = Space(tuple(tuple(p.shape) for p in model.params), first.dtype, first.device, model.names)
+        LinearOperator.__init__(self, space, space)
+        if check_deterministic:
+            self._check_deterministic()
+
+    @property
+    def _params(self) -> list[Tensor]:
+        """The parameters as a list of tensors; they require gradients while mini-batches are processed."""
+        return self._risk.model.params
+
+    @property
+    def _is_users_own(self) -> bool:
+        return type(self)._matmat_batch is not CurvatureLinearOperator._matmat_batch
+
+    def _check_deterministic(self) -> None:
+        error = None
+        try:
+            with torch.inference_mode(False):
+                run_determinism_check(self._risk, self._ORDER_MATTERS)
+        except Exception as found:
+            error = found
+        raise_together(error, self.device, self._risk.process_group)
+
+    # ------------------------------------------------------------ extension points
+
+    def _matmat_batch(self, X: Any, y: Any, M: list[Tensor]) -> list[Tensor]:
+        """The mini-batch's own curvature times M: the extension point for users.
+
+        Called with gradients enabled and X and y on the device of the parameters. ``self._model_func`` and
+        ``self._loss_func`` are as they were given, ``self._params`` is a list of tensors that require gradients,
+        ``self._predict(X)`` the model at those.
+
+        Args:
+            X: Inputs of one mini-batch.
+            y: Its targets.
+            M: Columns-last tensors ``[*shape, K]``.
+
+        Returns:
+            The curvature of the mini-batch's own reduced loss times M, as tensors like M.
+        """
+        product = self._linearize_batch(X, y)
+        denominator = self._risk.denominator(X, y).item()
+        # A mini-batch in which every target is ignored contributes nothing.
+        return [r / (denominator or 1.0) for r in in_chunks(product, M, self._chunk_size)]
+
+    def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
+        """The curvature summed over the mini-batch's data as a reusable product."""
+        raise NotImplementedError
+
+    def _predict(self, X: Any) -> Tensor:
+        """The prediction at ``self._params``, whatever form model and parameters came in."""
+        return self._risk.model(self._params, X)
+
+    # -------------------------------------------------------------------- products
+
+    def _begin_pass(self) -> None:
+        """Called before the first mini-batch of each pass."""
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        result = self._risk.total(lambda: self._batch_sum(X), [x.shape for x in X], "product")
+        return [r.to(self.dtype) for r in result]
+
+    def _batch_sum(self, M: list[Tensor]) -> BatchSum:
+        self._begin_pass()
+        if self._is_users_own:
+            return lambda X, y: self._users_sum(X, y, M)
+        return lambda X, y: in_chunks(self._linearize_batch(X, y), M, self._chunk_size)
+
+    def _users_sum(self, X: Any, y: Any, M: list[Tensor]) -> list[Tensor]:
+        denominator = float(self._risk.denominator(X, y))
+        if denominator == 0:
+            return [torch.zeros_like(m) for m in M]
+        return [denominator * r for r in self._matmat_batch(X, y, M)]
+
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """The gradient and the value of the loss over all data, with the matrix's own scale.
+
+        Cost: one forward and one backward.
+
+        Returns:
+            List of tensors in the shapes of the parameters, and a tensor without axes.
+        """
+        if self._risk.loss is None:
+            raise NotImplementedError(f"{type(self).__name__} has no loss, so no gradient.")
+        with torch.inference_mode(False):
+            return self._risk.gradient_and_loss()
+
+    def frozen(self) -> Self:
+        """The same matrix at copies of the model's parameters and buffers, which later training does not change.
+
+        Raises:
+            NotImplementedError: If the model closes over its parameters.
+        """
+        with torch.inference_mode(False):
+            model = self._risk.model.frozen()
+        result = copy.copy(self)
+        result._risk = copy.copy(self._risk)
+        result._risk.model = model
+        result._model_func = model.model_func
+        result._is_frozen = True
+        return result
+
+    _is_frozen = False
+
+    def _repr_extra(self) -> str:
+        return ", frozen" if self._is_frozen else ""
+
+
+def _checked_chunk_size(chunk_size: int | str) -> int | None:
+    if chunk_size == "auto":
+        return None
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected 'auto' or a positive number of columns, got {chunk_size!r}.")
+    return chunk_size
+

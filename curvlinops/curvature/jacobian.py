@@ -1,0 +1,192 @@
+"""The Jacobian of the predictions of all data, and its transpose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
+from curvlinops.operators.algebra import Adjoint
+from curvlinops.operators.space import Space
+from curvlinops.risk.empirical_risk import BatchSum
+from curvlinops.risk.linearization import in_chunks
+from curvlinops.risk.model import Parameters
+from curvlinops.risk.surroundings import differentiable, preserved_random_state
+
+
+class JacobianLinearOperator(CurvatureLinearOperator):
+    r"""The Jacobian :math:`J = \partial f(X) / \partial\theta` of the stacked predictions of all data.
+
+    The codomain is one tensor ``[N, *out]``; where the predictions of mini-batches differ in their other axes, one
+    tensor a mini-batch. Finding its shape takes a forward, at first use. ``J @ J.T`` is the empirical neural tangent
+    kernel.
+
+    **Cost**: ``J @ v`` a forward with tangents, ``J.T @ u`` a forward and a backward a column.
+
+    **Reference**: Jacot, Gabriel, Hongler (2018), Neural tangent kernel, arXiv:1806.07572.
+
+    Args:
+        model_func: See :class:`CurvatureLinearOperator`, as for all arguments.
+        params: The parameters.
+        data: The data, in a fixed order; targets are not used.
+        progressbar: Whether to show progress.
+        check_deterministic: Whether to check that model and data repeat.
+        num_data: Number of data.
+        batch_size_fn: Number of data in X.
+        **options: ``chunk_size``.
+
+    Raises:
+        NotImplementedError: With a ``process_group`` or ``weight_fn``.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> data = [(torch.rand(4, 3), None), (torch.rand(1, 3), None)]
+    >>> J = JacobianLinearOperator(model, list(model.parameters()), data)
+    >>> J.shape, (J @ J.T).shape
+    ((10, 8), (10, 10))
+    """
+
+    _ORDER_MATTERS = True
+    _IS_SUM = False
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any],
+        params: Parameters,
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        **options: Unpack[RiskOptions],
+    ) -> None:
+        if options.get("weight_fn") is not None:
+            raise NotImplementedError(f"{type(self).__name__} has no loss to weigh: weight_fn is not supported.")
+        self._output_shapes: list[tuple[int, ...]] | None = None
+        super().__init__(
+            model_func,
+            None,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            **options,
+        )
+
+    @property
+    def codomain(self) -> Space:
+        """The space of stacked predictions; the first use runs a forward over the data."""
+        shapes = self._shapes_of_batches()
+        if len({shape[1:] for shape in shapes}) == 1:
+            shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
+        return Space(tuple(shapes), self.dtype, self.device)
+
+    def _shapes_of_batches(self) -> list[tuple[int, ...]]:
+        if self._output_shapes is None:
+            risk = self._risk
+            with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
+                shapes = [tuple(risk.model(self._params, X).shape) for _, X, _ in risk.batches("shapes of predictions")]
+            self._output_shapes = shapes
+        return self._output_shapes
+
+    def _cut(self, U: list[Tensor]) -> list[Tensor]:
+        """Columns of the codomain, one tensor a mini-batch."""
+        return list(U[0].split([s[0] for s in self._shapes_of_batches()])) if len(self.codomain.shapes) == 1 else U
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        parts: list[Tensor] = []
+        risk = self._risk
+        expected = self._shapes_of_batches()
+
+        def begin() -> BatchSum:
+            parts.clear()
+
+            def push(inputs: Any, y: Any) -> list[Tensor]:
+                parts.extend(in_chunks(lambda V: [self._push(inputs, V)], X, self._chunk_size))
+                return []
+
+            return push
+
+        risk.total(begin, [], "product with the Jacobian")
+        if [tuple(p.shape[:-1]) for p in parts] != expected:
+            raise ValueError("The predictions changed their shapes between two passes over the data.")
+        return [torch.cat(parts)] if len(self.codomain.shapes) == 1 else parts
+
+    def _push(self, X: Any, V: list[Tensor]) -> Tensor:
+        lin, JV = self._risk.push(self._risk.linearize(X), X, V)
+        if self._risk.is_first_batch:
+            self._risk.note_products(JV, JV, V, lin.pull(JV))
+        if not JV.isfinite().all():
+            raise FloatingPointError("JacobianLinearOperator: a mini-batch gives numbers that are not finite.")
+        return JV.to(self.dtype)
+
+    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
+        parts = self._cut(X)
+        shapes = [(*shape, X[0].shape[-1]) for shape in self.domain.shapes]
+        result = self._risk.total(lambda: _pulling(self, parts), shapes, "product with the transposed Jacobian")
+        return [r.to(self.dtype) for r in result]
+
+    def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
+        lin = self._risk.linearize(X)
+        return lambda V: [self._risk.push(lin, X, V)[1]]
+
+
+def _pulling(operator: JacobianLinearOperator, parts: list[Tensor]) -> BatchSum:
+    remaining = iter(parts)
+
+    def pull(X: Any, y: Any) -> list[Tensor]:
+        lin = operator._risk.linearize(X)
+        return in_chunks(lambda U: lin.pull(U[0]), [next(remaining)], operator._chunk_size)
+
+    return pull
+
+
+class TransposedJacobianLinearOperator(Adjoint):
+    r"""The transposed Jacobian :math:`J^\top` of the stacked predictions.
+
+    Takes the arguments of :class:`JacobianLinearOperator`, and costs what that operator's transpose costs.
+
+    Args:
+        model_func: See :class:`JacobianLinearOperator`, as for all arguments.
+        params: The parameters.
+        data: The data, in a fixed order; targets are not used.
+        progressbar: Whether to show progress.
+        check_deterministic: Whether to check that model and data repeat.
+        num_data: Number of data.
+        batch_size_fn: Number of data in X.
+        **options: ``chunk_size``.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(3, 2)
+    >>> JT = TransposedJacobianLinearOperator(model, list(model.parameters()), [(torch.rand(4, 3), None)])
+    >>> JT.shape
+    (8, 8)
+    """
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any],
+        params: Parameters,
+        data: Iterable[Any],
+        progressbar: bool = False,
+        check_deterministic: bool = True,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        **options: Unpack[RiskOptions],
+    ) -> None:
+        jacobian = JacobianLinearOperator(
+            model_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, **options
+        )
+        super().__init__(jacobian)
+        self._model_func = model_func
+        self._loss_func = None
+
+    @property
+    def _params(self) -> list[Tensor]:
+        assert isinstance(self.operator, JacobianLinearOperator)
+        return self.operator._params

@@ -1,0 +1,75 @@
+"""What a loader yields: one mini-batch as (X, y), on the right device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """One mini-batch and its position in the pass."""
+
+    index: int
+    X: Any
+    y: Any
+
+
+def read_batch(index: int, item: Any, device: torch.device) -> Batch:
+    """A loader's item as a mini-batch on a device.
+
+    Raises:
+        ValueError: If the item is neither a pair (X, y) nor a mapping with labels.
+    """
+    if isinstance(item, Mapping):
+        if "labels" not in item:
+            raise ValueError(
+                f"Mini-batch {index} is a mapping without 'labels' (its keys: {list(item)}): yield (X, y) pairs, or "
+                "add the targets as 'labels'."
+            )
+        X: Any = {key: value for key, value in item.items() if key != "labels"}
+        y = item["labels"]
+    elif isinstance(item, (tuple, list)) and len(item) == 2:
+        X, y = item
+    else:
+        got = f"{type(item).__name__} of {len(item)}" if isinstance(item, (tuple, list)) else type(item).__name__
+        raise ValueError(f"Mini-batch {index}: expected a pair (X, y) or a mapping with 'labels', got {got}.")
+    return Batch(index, moved(X, device), moved(y, device))
+
+
+def moved(tree: Any, device: torch.device) -> Any:
+    """The tensors of a nested tuple, list or mapping on a device; pinned memory is copied asynchronously."""
+    return map_tensors(lambda t: _plain(t).to(device, non_blocking=t.is_pinned() if t.device != device else False), tree)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    # Autograd cannot save tensors that were made in inference mode.
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to the tensors of a nested tuple, list or mapping."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(function, value) for value in tree))
+    if isinstance(tree, (tuple, list)):
+        return type(tree)(map_tensors(function, value) for value in tree)
+    return tree
+
+
+def tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors of a nested tuple, list or mapping."""
+    found: list[Tensor] = []
+    map_tensors(found.append, tree)
+    return iter(found)
+
+
+def visible_size(X: Any, y: Any) -> int | None:
+    """Number of data of a mini-batch, where X and y agree on their first axis; otherwise ``None``."""
+    sizes = {t.shape[0] if t.ndim else None for t in (*tensors_of(X), *tensors_of(y))}
+    return sizes.pop() if len(sizes) == 1 else None

@@ -1,0 +1,57 @@
+"""Several ranks, each with a shard of the data: one all-reduce brings sums, denominators and errors together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from curvlinops.risk.empirical_risk import Pass
+
+
+def rank_of(process_group: ProcessGroup | None) -> int:
+    """Number of this process in the group; 0 without one."""
+    return 0 if process_group is None else dist.get_rank(process_group)
+
+
+def all_reduced(found: Pass, disagrees: bool, process_group: ProcessGroup | None) -> tuple[Pass, bool]:
+    """The sums over all ranks. An error on one rank becomes one on all, so that none waits for ever.
+
+    Args:
+        found: What this rank found.
+        disagrees: Whether its ways through the network disagree.
+        process_group: The ranks, or ``None`` for this process alone.
+    """
+    if process_group is None:
+        return found, disagrees
+    first = found.sums[0]
+    # A count can exceed what float32 holds exactly, hence two numbers.
+    high = found.denominator.to(first.dtype)
+    low = (found.denominator - high.double()).to(first.dtype)
+    flags = torch.tensor([float(found.error is not None), float(disagrees)], dtype=first.dtype, device=first.device)
+    packed = torch.cat([*(t.flatten() for t in found.sums), high.reshape(1), low.reshape(1), flags])
+    if found.error is not None:
+        packed[:-2] = 0
+    dist.all_reduce(packed, group=process_group)
+    *parts, denominator, flags = packed.split([*(t.numel() for t in found.sums), 2, 2])
+    found.sums = [part.reshape(t.shape) for part, t in zip(parts, found.sums, strict=True)]
+    found.denominator = denominator.double().sum()
+    if flags[0] > 0 and found.error is None:
+        found.error = RuntimeError("Another rank of the process group failed in this pass; its own error says why.")
+    return found, bool(flags[1] > 0)
+
+
+def raise_together(error: Exception | None, device: torch.device, process_group: ProcessGroup | None) -> None:
+    """Raise an error on all ranks if there is one on any."""
+    if process_group is not None:
+        flag = torch.tensor([float(error is not None)], device=device)
+        dist.all_reduce(flag, group=process_group)
+        if flag.item() > 0 and error is None:
+            error = RuntimeError("Another rank of the process group failed in its checks; its own error says why.")
+    if error is not None:
+        raise error
+
+

@@ -1,0 +1,348 @@
+"""A model, a loss, parameters and data: the only loop over data, the only scale factor, the only all-reduce."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from tqdm import tqdm
+
+from curvlinops.risk.batches import Batch, read_batch, visible_size
+from curvlinops.risk.collective import all_reduced, rank_of
+from curvlinops.risk.linearization import (
+    DoubleBackward,
+    Engine,
+    Linearization,
+    SecondOrder,
+    is_out_of_memory,
+    linearize,
+)
+from curvlinops.risk.losses import Loss, Terms
+from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.surroundings import differentiable, preserved_random_state
+from curvlinops.risk.verification import check_by_difference, check_hessian_by_difference, disagree
+
+#: Maps the inputs and targets of a mini-batch to its sum over data.
+BatchSum = Callable[[Any, Any], Sequence[Tensor]]
+
+
+@dataclass
+class Pass:
+    """What one rank found in one pass over its data."""
+
+    sums: list[Tensor]
+    denominator: Tensor
+    num_data: int = 0
+    num_batches: int = 0
+    finite: list[Tensor] = field(default_factory=list)
+    disagreements: list[Tensor] = field(default_factory=list)
+    error: BaseException | None = None
+
+
+class EmpiricalRisk:
+    """The loss of a whole data set at the current parameters, and everything that is summed over its mini-batches.
+
+    Args:
+        model: The model with its parameters.
+        loss: The loss, or ``None`` for quantities of the model alone.
+        data: Iterable of mini-batches that can be read again and again.
+        name: Name shown by progress bars.
+        progressbar: Whether to show them.
+        num_data: Number of data, checked where given.
+        batch_size_fn: Number of data in X, where it cannot be seen.
+        weight_fn: Weight of each datum ``[N]`` as a function of (X, y).
+        process_group: Ranks that each hold a shard of the data.
+    """
+
+    def __init__(
+        self,
+        model: FunctionalModel,
+        loss: Loss | None,
+        data: Iterable[Any],
+        *,
+        name: str,
+        progressbar: bool = False,
+        num_data: int | None = None,
+        batch_size_fn: Callable[[Any], int] | None = None,
+        weight_fn: Callable[[Any, Any], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        _check_data(data)
+        if weight_fn is not None and loss is not None and not loss.is_known:
+            raise NotImplementedError(f"weight_fn needs a loss whose terms are known; {loss.name} is not one.")
+        self.model = model
+        self.loss = loss
+        self.data = data
+        self.name = name
+        self.progressbar = progressbar
+        self.num_data = num_data
+        self.batch_size_fn = batch_size_fn
+        self.weight_fn = weight_fn
+        self.process_group = process_group
+        self.engine = Engine(forward_mode=not model.is_closure)
+        self._pass: Pass | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters, to which mini-batches are moved."""
+        return self.model.params[0].device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process in the process group; 0 without one."""
+        return rank_of(self.process_group)
+
+    # ---------------------------------------------------------------- the loop
+
+    def batches(self, step: str) -> Iterator[Batch]:
+        """The only loop over the data: mini-batches on the device of the parameters.
+
+        Args:
+            step: What the pass is for, shown by the progress bar.
+
+        Raises:
+            ValueError: If there is none, or an item is not understood.
+        """
+        items = tqdm(self.data, desc=f"{self.name}: {step}", disable=not self.progressbar, leave=False)
+        index = -1
+        for index, item in enumerate(items):
+            yield read_batch(index, item, self.device)
+        if index < 0:
+            raise ValueError("The data are empty: expected at least one mini-batch.")
+
+    def total(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> list[Tensor]:
+        """c Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
+
+        Args:
+            begin: Called at the start of the pass; gives the function (X, y) -> sum over the mini-batch's data.
+            shapes: Shapes of the tensors that are summed.
+            step: What the pass is for.
+
+        Returns:
+            The tensors, in at least float32.
+
+        Raises:
+            FloatingPointError: If a mini-batch gives a number that is not finite.
+            NotImplementedError: If no way through the network gives consistent products.
+        """
+        while True:
+            found = self._local_pass(begin, shapes, step)
+            disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
+            found.error = found.error or _not_finite(found, self.name)
+            found, disagrees = all_reduced(found, disagrees, self.process_group)
+            if found.error is not None:
+                raise found.error
+            if not disagrees:
+                self.engine.is_verified = True
+                return self._scaled(found)
+            if not self.engine.forward_mode:
+                raise NotImplementedError(
+                    "Forward and reverse differentiation of the model disagree in every engine, so no product would "
+                    "be right. Is the model random (dropout), or does it look at the values of gradients?"
+                )
+            self.engine = Engine(forward_mode=False)
+
+    def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> Pass:
+        first = self.model.params[0]
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        found = Pass(
+            [torch.zeros(tuple(shape), dtype=dtype, device=first.device) for shape in shapes],
+            torch.zeros((), dtype=torch.float64, device=first.device),
+        )
+        self._pass = found
+        try:
+            with preserved_random_state(self.data, self.device), differentiable(self.model):
+                batch_sum = begin()
+                for batch in self.batches(step):
+                    self._add(found, batch, batch_sum)
+            self._check_num_data(found)
+        except Exception as error:
+            # The other ranks wait for this one, so the error travels with the sums.
+            if self.process_group is None:
+                raise
+            found.error = error
+        finally:
+            self._pass = None
+        return found
+
+    def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
+        summands = [t.detach() for t in batch_sum(batch.X, batch.y)]
+        if [t.shape for t in summands] != [t.shape for t in found.sums]:
+            raise ValueError(
+                f"Mini-batch {batch.index}: expected tensors of shapes {[list(t.shape) for t in found.sums]}, got "
+                f"{[list(t.shape) for t in summands]}."
+            )
+        for total, summand in zip(found.sums, summands, strict=True):
+            total.add_(summand)
+        if summands:
+            found.finite.append(torch.stack([t.sum() for t in summands]).isfinite().all())
+        found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
+        found.num_batches += 1
+        if self.num_data is not None:
+            found.num_data += self.batch_size(batch.X, batch.y)
+
+    def _scaled(self, found: Pass) -> list[Tensor]:
+        if not self._is_mean:
+            return found.sums
+        denominator = found.denominator.item()
+        if denominator == 0:
+            raise ValueError(
+                "The denominator of the mean is zero: every target is ignored or has weight zero, in all mini-batches."
+            )
+        return [t.div_(denominator) for t in found.sums]
+
+    def _check_num_data(self, found: Pass) -> None:
+        if self.num_data is not None and self.process_group is None and found.num_data != self.num_data:
+            raise ValueError(f"num_data={self.num_data}, but the mini-batches hold {found.num_data} data.")
+
+    # ------------------------------------------------------------------- scale
+
+    @property
+    def _is_mean(self) -> bool:
+        return self.loss is not None and self.loss.reduction == "mean"
+
+    def denominator(self, X: Any, y: Any) -> Tensor:
+        """By what the mini-batch's own loss divides its sum: 1 under 'sum'."""
+        if not self._is_mean or self.loss is None:
+            return torch.ones((), dtype=torch.float64)
+        size = None if self.loss.is_known else self.batch_size(X, y)
+        return self.loss.denominator(y, self.weights(X, y), size)
+
+    def batch_size(self, X: Any, y: Any) -> int:
+        """Number of data in a mini-batch.
+
+        Raises:
+            ValueError: If it cannot be seen.
+        """
+        size = visible_size(X, y) if self.batch_size_fn is None else int(self.batch_size_fn(X))
+        if size is None:
+            raise ValueError(
+                "The number of data in X cannot be seen, since its tensors and those of y do not agree on their first "
+                "axis: pass batch_size_fn, a function from X to the number of data."
+            )
+        return size
+
+    def weights(self, X: Any, y: Any) -> Tensor | None:
+        """Weight of each datum ``[N]``, or ``None``.
+
+        Raises:
+            ValueError: If a weight is negative or not finite, or there is not one number a datum.
+        """
+        if self.weight_fn is None:
+            return None
+        weight = self.weight_fn(X, y)
+        if not isinstance(weight, Tensor) or weight.ndim != 1:
+            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
+            raise ValueError(f"weight_fn: expected a tensor [N] with one weight a datum, got {got}.")
+        if not weight.isfinite().all() or (weight < 0).any():
+            raise ValueError("weight_fn: expected finite weights of at least zero.")
+        return weight.detach().to(self.device)
+
+    # ------------------------------------------------------- at one mini-batch
+
+    def terms(self, prediction: Tensor, X: Any, y: Any) -> Terms:
+        """The loss terms of a mini-batch."""
+        assert self.loss is not None
+        weight = self.weights(X, y)
+        if weight is not None and len(weight) != len(prediction):
+            raise ValueError(f"weight_fn gave {len(weight)} weights for {len(prediction)} data.")
+        if self._is_mean and not self.loss.is_known and (size := self.batch_size(X, y)) != len(prediction):
+            raise ValueError(
+                f"Axis 0 of a prediction is the datum, but the prediction has shape {list(prediction.shape)} and the "
+                f"mini-batch {size} data: pass batch_size_fn, or bring the prediction's axes in order."
+            )
+        return self.loss.terms(prediction, y, weight)
+
+    def linearize(self, X: Any) -> Linearization:
+        """The model at one mini-batch as push and pull; forward mode where the model has it."""
+        linearization = linearize(self.model, X, self.engine)
+        if isinstance(linearization, DoubleBackward) and not self.engine.is_verified:
+            check_by_difference(self.model, X, linearization)
+            self.engine.is_verified = True
+        return linearization
+
+    def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
+        """J V, going over to double backward where the model has no forward mode."""
+        try:
+            return linearization, linearization.push(V)
+        except (RuntimeError, NotImplementedError) as error:
+            if is_out_of_memory(error) or not self.engine.forward_mode:
+                raise
+        self.engine = Engine(forward_mode=False)
+        linearization = self.linearize(X)
+        return linearization, linearization.push(V)
+
+    def second_order(self, X: Any, y: Any) -> SecondOrder:
+        """The Hessian of a mini-batch's loss terms, summed."""
+
+        def at(values: Sequence[Tensor]) -> list[Tensor]:
+            prediction = self.model(values, X)
+            value = self.terms(prediction, X, y).value()
+            gradients = torch.autograd.grad(value, list(values), allow_unused=True)
+            return [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
+
+        second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value())
+        if not self.engine.is_verified:
+            check_hessian_by_difference(self.model, X, second_order, at)
+        return second_order
+
+    @property
+    def is_first_batch(self) -> bool:
+        """Whether the running pass is at its first mini-batch."""
+        return self._pass is not None and self._pass.num_batches == 0
+
+    def note_products(self, U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> None:
+        """Compare the two ways through the network on the first mini-batch of a pass, at no further product."""
+        if self.is_first_batch and self._pass is not None:
+            self._pass.disagreements.append(disagree(U, JV, V, R))
+
+    def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
+        """The gradient and the loss of the whole data set."""
+
+        def begin() -> BatchSum:
+            def gradient(X: Any, y: Any) -> list[Tensor]:
+                values = self.model.leaves()
+                value = self.terms(self.model(values, X), X, y).value()
+                gradients: Sequence[Tensor | None] = [None] * len(values)
+                if value.requires_grad:
+                    gradients = self.model.holding(
+                        values, lambda: torch.autograd.grad(value, values, allow_unused=True)
+                    )
+                filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
+                return [*filled, value]
+
+            return gradient
+
+        shapes = [*(p.shape for p in self.model.params), ()]
+        *gradients, loss = self.total(begin, shapes, "gradient and loss")
+        dtype = self.model.params[0].dtype
+        return [g.to(dtype) for g in gradients], loss.to(dtype)
+
+
+def _not_finite(found: Pass, name: str) -> BaseException | None:
+    if not found.finite:
+        return None
+    finite = torch.stack(found.finite)
+    if bool(finite.all()):
+        return None
+    index = int((~finite).nonzero()[0])
+    return FloatingPointError(
+        f"{name}: mini-batch {index} gives numbers that are not finite. Check its inputs, the loss, the parameters and "
+        "the vector for NaN, infinity or overflow."
+    )
+
+
+def _check_data(data: Any) -> None:
+    if not isinstance(data, Iterable):
+        raise TypeError(f"Expected an iterable of mini-batches, got {type(data).__name__}.")
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"The data are a one-shot iterator ({type(data).__name__}), which is empty at the second product. Pass a "
+            "list or a DataLoader."
+        )
+    if isinstance(data, Tensor):
+        raise TypeError("Expected an iterable of mini-batches (X, y), got a tensor: pass [(X, y)].")

@@ -1,0 +1,62 @@
+"""What the autograd graph of a prediction says about the model: parts that cannot be differentiated as needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+
+
+def nodes_of(prediction: Tensor) -> Iterator[Any]:
+    """All nodes of the graph behind a tensor."""
+    stack, seen = [prediction.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        yield node
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+def custom_functions(prediction: Tensor) -> list[str]:
+    """Names of the user-written autograd functions behind a tensor."""
+    found = {_name(node) for node in nodes_of(prediction) if isinstance(node, BackwardCFunction)}
+    return sorted(found - {"CheckpointFunction"})
+
+
+def refuse_by_name(prediction: Tensor, twice: bool) -> None:
+    """Refuse what would give a wrong number or an obscure error.
+
+    Args:
+        prediction: A prediction with its graph.
+        twice: Whether the graph is going to be differentiated twice.
+
+    Raises:
+        NotImplementedError: For reentrant checkpointing and, when differentiated twice, `once_differentiable`.
+    """
+    for node in nodes_of(prediction):
+        if not isinstance(node, BackwardCFunction):
+            continue
+        if _name(node) == "CheckpointFunction":
+            raise NotImplementedError(
+                "Reentrant activation checkpointing is not supported: call torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False)."
+            )
+        if twice and _is_once_differentiable(node):
+            raise NotImplementedError(
+                f"The autograd function {_name(node)} is marked once_differentiable, but it must be differentiated "
+                "twice here: write its backward with differentiable operations, or give it a jvp."
+            )
+
+
+def _name(node: Any) -> str:
+    return type(node).__name__.removesuffix("Backward")
+
+
+def _is_once_differentiable(node: Any) -> bool:
+    backward = getattr(node._forward_cls, "backward", None)
+    code = getattr(backward, "__code__", None)
+    return hasattr(backward, "__wrapped__") and code is not None and "torch" in code.co_filename

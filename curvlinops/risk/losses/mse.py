@@ -1,0 +1,75 @@
+"""Squared error: ℓ = Σ_c (f_c - y_c)²."""
+
+from __future__ import annotations
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from curvlinops.risk.losses.base import Loss, Terms, check_same_shape, per_row
+
+
+class SquaredError(Loss):
+    """``nn.MSELoss``: predictions ``[N]``, ``[N, C]`` or ``[N, d..., C]``."""
+
+    name = "MSELoss"
+
+    def __init__(self, module: nn.MSELoss) -> None:
+        self.reduction = module.reduction
+
+    def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
+        return elements_of(self.name, y, weight)
+
+    def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
+        """Terms of one mini-batch; see :meth:`Loss.terms`."""
+        return _SquaredErrorTerms(self.name, prediction, check_same_shape(self.name, prediction, y), weight)
+
+
+def elements_of(name: str, y: Any, weight: Tensor | None) -> Tensor:
+    """Number of elements of the targets, each datum's counted with its weight."""
+    if not isinstance(y, Tensor) or y.ndim == 0:
+        raise ValueError(f"{name}: expected a tensor of targets with the datum on axis 0, got {y!r:.80}.")
+    if weight is None:
+        return torch.tensor(float(y.numel()), dtype=torch.float64, device=y.device)
+    return weight.double().sum() * y.shape[1:].numel()
+
+
+def channels_last_axis(prediction: Tensor) -> int | None:
+    """The last axis, unless the prediction has one channel and no axis for it."""
+    return None if prediction.ndim == 1 else prediction.ndim - 1
+
+
+class _SquaredErrorTerms(Terms):
+    def __init__(self, name: str, prediction: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        super().__init__(name, prediction, channels_last_axis(prediction))
+        self._y = self.to_rows(y.unsqueeze(-1)).squeeze(-1)
+        self._weight = per_row(weight, self.rows)
+
+    def value(self) -> Tensor:
+        return (self._weight * (self.rows - self._y).square()).sum()
+
+    def gradient(self) -> Tensor:
+        return 2 * self._weight * (self.rows - self._y)
+
+    def hessian_matmat(self, U: Tensor) -> Tensor:
+        weight = self._weight
+        return 2 * (weight.unsqueeze(-1) if isinstance(weight, Tensor) else weight) * U
+
+    def hessian_sqrt(self, channel: int) -> Tensor:
+        column = torch.zeros_like(self.rows)
+        column[..., channel] = sqrt(2.0)
+        return column * _root(self._weight)
+
+    def sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
+        # 2 (f - ŷ) with ŷ ~ N(f, ½) is √2 times a standard normal number.
+        noise = torch.randn(
+            *self.rows.shape, num_samples, dtype=self.rows.dtype, device=self.rows.device, generator=generator
+        )
+        root = _root(self._weight)
+        return sqrt(2.0) * noise * (root.unsqueeze(-1) if isinstance(root, Tensor) else root)
+
+
+def _root(weight: Tensor | float) -> Tensor | float:
+    return weight.sqrt() if isinstance(weight, Tensor) else sqrt(weight)

@@ -1,0 +1,144 @@
+"""Checks that the ways through a network agree, since they can differ without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops.risk.graph import custom_functions
+from curvlinops.risk.linearization import Linearization, SecondOrder
+from curvlinops.risk.model import FunctionalModel
+
+
+def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> Tensor:
+    """Whether ⟨U, push V⟩ = ⟨pull U, V⟩ fails in any column, as a boolean tensor; costs no extra product.
+
+    Args:
+        U: What was pulled back ``[*out, K]``.
+        JV: What was pushed forward ``[*out, K]``.
+        V: Columns of the parameters ``[*shape, K]``.
+        R: What `pull` gave for U ``[*shape, K]``.
+    """
+    dtype = torch.float64 if U.device.type == "cpu" else torch.float32
+    u, jv = U.flatten(0, -2).to(dtype), JV.flatten(0, -2).to(dtype)
+    pushed = (u * jv).sum(0)
+    parts = [(v.reshape(-1, v.shape[-1]), r.reshape(-1, r.shape[-1])) for v, r in zip(V, R, strict=True)]
+    pulled = _sum_of((v * r).sum(0).to(dtype) for v, r in parts)
+    norms = _sum_of(_squared(v) for v, _ in parts).sqrt() * _sum_of(_squared(r) for _, r in parts).sqrt()
+    coarsest = max((V[0].dtype, U.dtype), key=lambda d: torch.finfo(d).eps)
+    rounding = 64 * torch.finfo(coarsest).eps * norms.to(dtype)
+    allowed = tolerance(coarsest, U.device) * u.norm(dim=0) * jv.norm(dim=0) + rounding
+    return ((pushed - pulled).abs() > allowed).any()
+
+
+def _sum_of(values: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(values)).sum(0)
+
+
+def _squared(v: Tensor) -> Tensor:
+    return v.float().square().sum(0) if v.dtype in (torch.bfloat16, torch.float16) else v.square().sum(0)
+
+
+def tolerance(dtype: torch.dtype, device: torch.device) -> float:
+    """Relative difference of two ways through a network that rounding may explain."""
+    if dtype == torch.float64:
+        return 1e-6
+    if dtype == torch.float32:
+        return 2e-2 if device.type == "cuda" else 2e-3  # TF32 on the GPU
+    return 0.2
+
+
+def check_by_difference(model: FunctionalModel, X: Any, linearization: Linearization) -> None:
+    """Compare `push` with a central difference of the model, in a direction of the range of `pull`.
+
+    Cost: a product and two forwards, once.
+
+    Raises:
+        NotImplementedError: If the two differ.
+    """
+    dtype = linearization.output.dtype
+    if dtype in (torch.bfloat16, torch.float16):
+        return
+    generator = torch.Generator(linearization.output.device).manual_seed(0)
+    u = torch.randn(linearization.output.shape, dtype=dtype, device=linearization.output.device, generator=generator)
+    v = [r.squeeze(-1) for r in linearization.pull(u.unsqueeze(-1))]
+    pushed = linearization.push([r.unsqueeze(-1) for r in v]).squeeze(-1)
+    if not _matches([pushed], v, model, lambda values: [model(values, X).detach()], linearization.output):
+        raise NotImplementedError(
+            "Double backward and a central difference of the model disagree, so no product would be right. Look for "
+            "no_grad() or detach() sections, gradient hooks, randomness (dropout), or an autograd function with a "
+            f"backward that cannot be differentiated{_named(linearization.prediction)}."
+        )
+
+
+def check_hessian_by_difference(model: FunctionalModel, X: Any, second_order: SecondOrder, again: Any) -> None:
+    """Compare the Hessian with a central difference of the gradient, where user-written functions are involved.
+
+    Cost: a product and some gradients, once, and only for models with custom autograd functions.
+
+    Raises:
+        NotImplementedError: If the two differ.
+    """
+    prediction = second_order.prediction
+    if not custom_functions(prediction) or prediction.dtype in (torch.bfloat16, torch.float16):
+        return
+    v = second_order.gradient
+    product = [r.squeeze(-1) for r in second_order.matmat([g.unsqueeze(-1) for g in v])]
+    if not _matches(product, v, model, lambda values: again(values), torch.cat([g.flatten() for g in v])):
+        raise NotImplementedError(
+            f"The Hessian and a central difference of the gradient disagree{_named(prediction)}: the backward of a "
+            "custom autograd function must itself be written with differentiable operations on saved tensors."
+        )
+
+
+def _named(prediction: Tensor) -> str:
+    functions = custom_functions(prediction)
+    return f" (custom functions here: {', '.join(functions)})" if functions else ""
+
+
+def _matches(
+    derivative: Sequence[Tensor], v: Sequence[Tensor], model: FunctionalModel, function: Any, scale: Tensor
+) -> bool:
+    """Whether a derivative along v equals a central difference for one of several step sizes."""
+    size = float(_sum_of(d.double().square().sum() for d in derivative).sqrt())
+    length = float(_sum_of(d.double().square().sum() for d in v).sqrt())
+    around = float(_sum_of(p.detach().double().square().sum() for p in model.params).sqrt())
+    if length == 0:
+        return True
+    eps = torch.finfo(scale.dtype).eps
+    for power in (1 / 3, 1 / 2, 1 / 4):
+        step = eps**power * (1 + around) / length
+        plus = _at(model, v, step, function)
+        minus = _at(model, v, -step, function)
+        errors = [(p.double() - m.double()) / (2 * step) - d.double() for p, m, d in zip(plus, minus, derivative)]  # noqa: B905
+        error = float(_sum_of(e.square().sum() for e in errors).sqrt())
+        rounding = 8 * eps * float(scale.double().norm()) / step
+        if error <= 0.05 * size + rounding:
+            return True
+    return False
+
+
+def _at(model: FunctionalModel, v: Sequence[Tensor], step: float, function: Any) -> list[Tensor]:
+    with _shifted(model, v, step) as values:
+        return [t.detach() for t in function(values)]
+
+
+@contextmanager
+def _shifted(model: FunctionalModel, v: Sequence[Tensor], step: float) -> Iterator[list[Tensor]]:
+    """The parameter values moved along v; a closure's own tensors point to other memory for a while."""
+    moved = [p.detach() + step * direction for p, direction in zip(model.params, v, strict=True)]
+    if not model.is_closure:
+        yield [m.requires_grad_() for m in moved]
+        return
+    kept = [p.data for p in model.params]
+    try:
+        for p, m in zip(model.params, moved, strict=True):
+            p.data = m
+        yield list(model.params)
+    finally:
+        for p, data in zip(model.params, kept, strict=True):
+            p.data = data

@@ -1,0 +1,1 @@
+"""Solvers on linear operators; they see nothing but products."""
