@@ -228,4 +228,3 @@ def _checked_chunk_size(chunk_size: int | str) -> int | None:
     if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
         raise ValueError(f"chunk_size: expected 'auto' or a positive number of columns, got {chunk_size!r}.")
     return chunk_size
-

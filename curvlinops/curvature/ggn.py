@@ -86,7 +86,9 @@ class GGNLinearOperator(L2Regularized, SandwichLinearOperator):
         if loss is not None and not loss.is_known:
             self.POSITIVE_SEMIDEFINITE = False
             if mc_samples:
-                raise NotImplementedError(f"Monte-Carlo sampling needs a loss whose terms are known; {loss.name} is not one.")
+                raise NotImplementedError(
+                    f"Monte-Carlo sampling needs a loss whose terms are known; {loss.name} is not one."
+                )
         self._set_l2(l2)
 
     def _begin_pass(self) -> None:

@@ -90,13 +90,17 @@ class JacobianLinearOperator(CurvatureLinearOperator):
         if self._output_shapes is None:
             risk = self._risk
             with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
-                shapes = [tuple(risk.model(self._params, X).shape) for _, X, _ in risk.batches("shapes of predictions")]
+                shapes = [
+                    tuple(risk.model(self._params, batch.X).shape) for batch in risk.batches("shapes of predictions")
+                ]
             self._output_shapes = shapes
         return self._output_shapes
 
     def _cut(self, U: list[Tensor]) -> list[Tensor]:
         """Columns of the codomain, one tensor a mini-batch."""
-        return list(U[0].split([s[0] for s in self._shapes_of_batches()])) if len(self.codomain.shapes) == 1 else U
+        return (
+            list(torch.split(U[0], [s[0] for s in self._shapes_of_batches()])) if len(self.codomain.shapes) == 1 else U
+        )
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         parts: list[Tensor] = []

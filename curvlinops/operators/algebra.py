@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -39,8 +40,9 @@ def chain(left: LinearOperator, right: LinearOperator) -> LinearOperator:
 
 def _closed(left: LinearOperator, right: LinearOperator, method: str, mirrored: bool) -> LinearOperator | None:
     for one, other in ((left, right), (right, left)) if mirrored else ((left, right),):
-        if hasattr(one, method) and (result := getattr(one, method)(other)) is not None:
-            return result  # type: ignore[no-any-return]
+        closed: LinearOperator | None = getattr(one, method)(other) if hasattr(one, method) else None
+        if closed is not None:
+            return closed
     return None
 
 
@@ -117,10 +119,10 @@ class Sum(_Node):
         self.POSITIVE_SEMIDEFINITE = all(term.POSITIVE_SEMIDEFINITE for term in terms)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return _accumulate([lambda t=term: t._matmat(X) for term in self.terms])
+        return _accumulate(term._matmat(X) for term in self.terms)
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        return _accumulate([lambda t=term: t._rmatmat(X) for term in self.terms])
+        return _accumulate(term._rmatmat(X) for term in self.terms)
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return Sum([change(term) for term in self.terms])
@@ -129,11 +131,11 @@ class Sum(_Node):
         return Sum([scale(term, factor) for term in self.terms])
 
 
-def _accumulate(products: Sequence[Callable[[], list[Tensor]]]) -> list[Tensor]:
+def _accumulate(products: Iterator[list[Tensor]]) -> list[Tensor]:
     """Sum the products one after the other, so that only two results are held."""
-    total = [t.clone() for t in products[0]()]
-    for product in products[1:]:
-        for t, p in zip(total, product(), strict=True):
+    total = [t.clone() for t in next(products)]
+    for product in products:
+        for t, p in zip(total, product, strict=True):
             t.add_(p)
     return total
 
@@ -162,7 +164,7 @@ class Chain(_Node):
     """The product of operators, applied from the right."""
 
     def __init__(self, factors: Sequence[LinearOperator]) -> None:
-        for left, right in zip(factors[:-1], factors[1:], strict=True):
+        for left, right in itertools.pairwise(factors):
             left.domain.join(right.codomain, "chain")
         super().__init__(factors[-1].domain, factors[0].codomain)
         self.factors = list(factors)

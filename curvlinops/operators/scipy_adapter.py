@@ -15,7 +15,7 @@ from curvlinops.operators.base import LinearOperator
 class _ScipyAdapter(ScipyLinearOperator):
     def __init__(self, operator: LinearOperator, dtype: Any) -> None:
         self._operator = operator
-        super().__init__(np.dtype(dtype), operator.shape)
+        super().__init__(np.dtype(dtype), operator.shape)  # type: ignore[call-arg]
 
     def _from_numpy(self, X: np.ndarray[Any, Any]) -> Tensor:
         if np.iscomplexobj(X):

@@ -88,7 +88,7 @@ class Space:
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Cut ``[D, K]`` into columns-last tensors ``[*shape, K]``."""
-        parts = flat.split(self.sizes)
+        parts = torch.split(flat, self.sizes)
         return [part.reshape(*shape, flat.shape[1]) for part, shape in zip(parts, self.shapes, strict=True)]
 
     @staticmethod
@@ -197,9 +197,7 @@ class Format:
         if self.kind == "flat":
             flat = space.merge(columns)
             return flat.squeeze(-1) if self.is_vector else (flat.T if self.columns_first else flat)
-        moved = [
-            c.squeeze(-1) if self.is_vector else (c.movedim(-1, 0) if self.columns_first else c) for c in columns
-        ]
+        moved = [c.squeeze(-1) if self.is_vector else (c.movedim(-1, 0) if self.columns_first else c) for c in columns]
         return dict(zip(space.names or (), moved, strict=True)) if self.kind == "dict" else moved
 
 

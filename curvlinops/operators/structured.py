@@ -62,7 +62,8 @@ class TensorLinearOperator(LinearOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return torch.linalg.matrix_norm(self._matrix)
+        norm: Tensor = torch.linalg.matrix_norm(self._matrix)
+        return norm
 
     def inverse(self, damping: float = 0.0) -> TensorLinearOperator:
         """The operator (A + damping · I)⁻¹.
@@ -144,7 +145,7 @@ class Diagonal(LinearOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return self.diagonal().norm()
+        return self.diagonal().square().sum().sqrt()
 
     def inverse(self, damping: float = 0.0) -> Diagonal:
         """The operator (A + damping · I)⁻¹.
@@ -261,7 +262,9 @@ class BlockDiagonal(LinearOperator):
     def _of_blocks(self, quantity: str, *args: Any) -> list[Any]:
         for number, block in enumerate(self.blocks):
             if not hasattr(block, quantity):
-                raise NotImplementedError(f"Block {number} ({type(block).__name__}) has no closed form of '{quantity}'.")
+                raise NotImplementedError(
+                    f"Block {number} ({type(block).__name__}) has no closed form of '{quantity}'."
+                )
         return [getattr(block, quantity)(*args) for block in self.blocks]
 
     def diagonal(self) -> Tensor:
@@ -278,7 +281,7 @@ class BlockDiagonal(LinearOperator):
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return torch.stack(self._of_blocks("frobenius_norm")).norm()
+        return torch.stack(self._of_blocks("frobenius_norm")).square().sum().sqrt()
 
     def inverse(self, damping: float = 0.0) -> BlockDiagonal:
         """The operator (A + damping · I)⁻¹, block by block."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Batch(NamedTuple):
+@dataclass(frozen=True)
+class Batch:
     """One mini-batch and its position in the pass."""
 
     index: int
@@ -41,7 +43,12 @@ def read_batch(index: int, item: Any, device: torch.device) -> Batch:
 
 def moved(tree: Any, device: torch.device) -> Any:
     """The tensors of a nested tuple, list or mapping on a device; pinned memory is copied asynchronously."""
-    return map_tensors(lambda t: _plain(t).to(device, non_blocking=t.is_pinned() if t.device != device else False), tree)
+    return map_tensors(lambda t: _moved(t, device), tree)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    tensor = _plain(tensor)
+    return tensor if tensor.device == device else tensor.to(device, non_blocking=tensor.is_pinned())
 
 
 def _plain(tensor: Tensor) -> Tensor:

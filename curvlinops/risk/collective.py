@@ -36,7 +36,7 @@ def all_reduced(found: Pass, disagrees: bool, process_group: ProcessGroup | None
     if found.error is not None:
         packed[:-2] = 0
     dist.all_reduce(packed, group=process_group)
-    *parts, denominator, flags = packed.split([*(t.numel() for t in found.sums), 2, 2])
+    *parts, denominator, flags = torch.split(packed, [*(t.numel() for t in found.sums), 2, 2])
     found.sums = [part.reshape(t.shape) for part, t in zip(parts, found.sums, strict=True)]
     found.denominator = denominator.double().sum()
     if flags[0] > 0 and found.error is None:
@@ -53,5 +53,3 @@ def raise_together(error: Exception | None, device: torch.device, process_group:
             error = RuntimeError("Another rank of the process group failed in its checks; its own error says why.")
     if error is not None:
         raise error
-
-

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from curvlinops.risk.batches import map_tensors, tensors_of
+from curvlinops.risk.batches import Batch, map_tensors, tensors_of
 from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.surroundings import differentiable, preserved_random_state, seed_everything
 
@@ -34,19 +35,19 @@ def check_deterministic(risk: EmpiricalRisk, order_matters: bool) -> None:
     """
     with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
         seed_everything(_SEEDS[0])
-        first = [_fingerprint(X, y) for X, y in _checked_batches(risk)]
+        first = [_fingerprint(batch.X, batch.y) for batch in _checked_batches(risk)]
         seed_everything(_SEEDS[1])
         second = [_fingerprint(batch.X, batch.y) for batch in risk.batches("checking that data repeat")]
     _compare_passes(first, second, order_matters)
 
 
-def _checked_batches(risk: EmpiricalRisk) -> Any:
+def _checked_batches(risk: EmpiricalRisk) -> Iterator[Batch]:
     num_data = 0
-    for index, X, y in risk.batches("checking that the model repeats"):
-        _check_model(risk, index, X)
+    for batch in risk.batches("checking that the model repeats"):
+        _check_model(risk, batch.index, batch.X)
         if risk.num_data is not None:
-            num_data += risk.batch_size(X, y)
-        yield X, y
+            num_data += risk.batch_size(batch.X, batch.y)
+        yield batch
     if risk.num_data is not None and risk.process_group is None and num_data != risk.num_data:
         raise ValueError(f"num_data={risk.num_data}, but the mini-batches hold {num_data} data.")
 

@@ -115,7 +115,7 @@ class EmpiricalRisk:
             raise ValueError("The data are empty: expected at least one mini-batch.")
 
     def total(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> list[Tensor]:
-        """c Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
+        """C Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
 
         Args:
             begin: Called at the start of the pass; gives the function (X, y) -> sum over the mini-batch's data.

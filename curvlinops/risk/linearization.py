@@ -13,11 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from backpack.hessianfree.rop import R_op
 from torch import Tensor
-from torch.autograd import grad
+from torch.autograd import forward_ad, grad
 from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.graph import refuse_by_name
@@ -117,7 +116,8 @@ class ForwardMode(Linearization):
         values = tuple(value.detach() for value in self.values)
 
         def push(*v: Tensor) -> Tensor:
-            return torch.func.jvp(lambda *p: self._model(p, self._X), values, v)[1]  # type: ignore[no-any-return]
+            tangent: Tensor = torch.func.jvp(lambda *p: self._model(p, self._X), values, v)[1]
+            return tangent
 
         with torch.no_grad(), _ConstantPadding():
             return torch.func.vmap(push)(*V)  # type: ignore[no-any-return]
@@ -148,9 +148,7 @@ class SecondOrder:
         objective: Maps the prediction, with its graph, to a scalar.
     """
 
-    def __init__(
-        self, model: FunctionalModel, X: Any, engine: Engine, objective: Callable[[Tensor], Tensor]
-    ) -> None:
+    def __init__(self, model: FunctionalModel, X: Any, engine: Engine, objective: Callable[[Tensor], Tensor]) -> None:
         self._model = model
         self._engine = engine
         self.values = model.leaves()
@@ -173,13 +171,11 @@ class SecondOrder:
 
     def matmat(self, V: Columns) -> list[Tensor]:
         """The Hessian times columns-last tensors ``[*shape, K]``."""
-        curved = [i for i, g in enumerate(self._gradients) if g is not None and g.requires_grad]
+        curved = [(g, v) for g, v in zip(self._gradients, V, strict=True) if g is not None and g.requires_grad]
         if not curved:
             return [torch.zeros_like(v) for v in V]
-        outputs = [self._gradients[i] for i in curved]
-        return self._model.holding(
-            self.values, lambda: backward(outputs, self.values, [V[i] for i in curved], self._engine)
-        )
+        outputs, columns = zip(*curved, strict=True)
+        return self._model.holding(self.values, lambda: backward(outputs, self.values, columns, self._engine))
 
 
 def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:
@@ -199,9 +195,7 @@ def linearize(model: FunctionalModel, X: Any, engine: Engine) -> Linearization:
     return (ForwardMode if engine.forward_mode else DoubleBackward)(model, X, engine)
 
 
-def backward(
-    outputs: Sequence[Tensor | None], values: Sequence[Tensor], U: Sequence[Tensor], engine: Engine
-) -> list[Tensor]:
+def backward(outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], engine: Engine) -> list[Tensor]:
     """Pull columns-last tensors ``[*out, K]`` back to the values, at once under vmap where the model allows it."""
     if U[0].shape[-1] > 1 and engine.vmap:
         try:
@@ -212,9 +206,7 @@ def backward(
     return [torch.cat(parts, -1) for parts in zip(*columns, strict=True)] if len(columns) > 1 else columns[0]
 
 
-def _pull(
-    outputs: Sequence[Tensor | None], values: Sequence[Tensor], U: Sequence[Tensor], batched: bool
-) -> list[Tensor]:
+def _pull(outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], batched: bool) -> list[Tensor]:
     gradients = grad(outputs, values, U, retain_graph=True, allow_unused=True, is_grads_batched=batched)
     num_columns = U[0].shape[0] if batched else 1
     return [
@@ -240,12 +232,11 @@ def _with_constant_padding(
     if tangent is None:
         return result
     is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
-    return forward_ad.make_dual(primal, tangent.masked_fill(is_padding, 0.0), level=0)
+    dual: Tensor = forward_ad.make_dual(primal, tangent.masked_fill(is_padding, 0.0), level=0)
+    return dual
 
 
-def in_chunks(
-    product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], chunk_size: int | None
-) -> list[Tensor]:
+def in_chunks(product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], chunk_size: int | None) -> list[Tensor]:
     """Apply a product to a few columns at a time, fewer when memory runs out.
 
     Args:

@@ -31,12 +31,16 @@ def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) ->
     norms = _sum_of(_squared(v) for v, _ in parts).sqrt() * _sum_of(_squared(r) for _, r in parts).sqrt()
     coarsest = max((V[0].dtype, U.dtype), key=lambda d: torch.finfo(d).eps)
     rounding = 64 * torch.finfo(coarsest).eps * norms.to(dtype)
-    allowed = tolerance(coarsest, U.device) * u.norm(dim=0) * jv.norm(dim=0) + rounding
+    allowed = (
+        tolerance(coarsest, U.device) * torch.linalg.vector_norm(u, dim=0) * torch.linalg.vector_norm(jv, dim=0)
+        + rounding
+    )
     return ((pushed - pulled).abs() > allowed).any()
 
 
 def _sum_of(values: Iterator[Tensor]) -> Tensor:
-    return torch.stack(list(values)).sum(0)
+    total: Tensor = torch.stack(list(values)).sum(0)
+    return total
 
 
 def _squared(v: Tensor) -> Tensor:
@@ -114,7 +118,9 @@ def _matches(
         step = eps**power * (1 + around) / length
         plus = _at(model, v, step, function)
         minus = _at(model, v, -step, function)
-        errors = [(p.double() - m.double()) / (2 * step) - d.double() for p, m, d in zip(plus, minus, derivative)]  # noqa: B905
+        errors = [
+            (p.double() - m.double()) / (2 * step) - d.double() for p, m, d in zip(plus, minus, derivative, strict=True)
+        ]
         error = float(_sum_of(e.square().sum() for e in errors).sqrt())
         rounding = 8 * eps * float(scale.double().norm()) / step
         if error <= 0.05 * size + rounding:

@@ -120,8 +120,10 @@ class CGInverseLinearOperator(LinearOperator):
             raise ValueError(f"max_iter: expected at least 1, got {max_iter}.")
         if on_breakdown not in (None, "raise", "stop"):
             raise ValueError(f"on_breakdown: expected 'raise' or 'stop', got {on_breakdown!r}.")
-        if preconditioner is not None and not callable(preconditioner) and not isinstance(
-            preconditioner, LinearOperator
+        if (
+            preconditioner is not None
+            and not callable(preconditioner)
+            and not isinstance(preconditioner, LinearOperator)
         ):
             raise TypeError(f"preconditioner: expected an operator or a function, got {type(preconditioner).__name__}.")
         if isinstance(preconditioner, LinearOperator) and preconditioner.shape != self.shape:
@@ -190,5 +192,10 @@ class CGInverseLinearOperator(LinearOperator):
     def frozen(self) -> CGInverseLinearOperator:
         """The inverse of the frozen operator, with the same options."""
         return CGInverseLinearOperator(
-            self._A.frozen(), self._rtol, self._max_iter, self._preconditioner, self._x0, on_breakdown=self._on_breakdown
+            self._A.frozen(),
+            self._rtol,
+            self._max_iter,
+            self._preconditioner,
+            self._x0,
+            on_breakdown=self._on_breakdown,
         )

@@ -56,7 +56,9 @@ class BCEWithLogits(Loss):
 
 
 class _BCETerms(Terms):
-    def __init__(self, name: str, prediction: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None) -> None:
+    def __init__(
+        self, name: str, prediction: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None
+    ) -> None:
         super().__init__(name, prediction, channels_last_axis(prediction))
         scale = per_row(weight, self.rows)
         self._positive = self.to_rows(positive.unsqueeze(-1)).squeeze(-1) * scale

@@ -28,7 +28,9 @@ class CrossEntropy(Loss):
             total = total_weight(weight, y.shape[0])
             return torch.as_tensor(total, dtype=torch.float64, device=y.device) * positions
         counted = self._label_weights(y, torch.float64)
-        return counted.sum() if weight is None else (weight.double() @ counted.flatten(1).sum(1))
+        if weight is None:
+            return counted.sum()
+        return (weight.double() * counted.reshape(len(counted), -1).sum(1)).sum()
 
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """Terms of one mini-batch; see :meth:`Loss.terms`."""
@@ -87,10 +89,8 @@ class CrossEntropy(Loss):
                 f"and is not ignore_index={self._ignore_index}."
             )
         on_label = (1 - self._smoothing) * class_weights[label] * kept
-        dense = None
-        if self._smoothing > 0:
-            dense = (spread * class_weights).expand_as(rows) * kept.unsqueeze(-1)
-        return TargetMass(label=label, on_label=on_label, dense=dense)
+        smooth = (spread * class_weights).expand_as(rows) * kept.unsqueeze(-1) if self._smoothing > 0 else None
+        return TargetMass(dense=smooth, label=label, on_label=on_label)
 
 
 class TargetMass:
@@ -110,11 +110,9 @@ class TargetMass:
         return TargetMass(dense, self._label, on_label)
 
     def total(self) -> Tensor:
-        """m = Σ_c q_c ``[N, T]``."""
+        """M = Σ_c q_c ``[N, T]``."""
         parts = [self._on_label] if self._dense is None else [self._dense.sum(-1), self._on_label]
-        total = sum(part for part in parts if part is not None)
-        assert isinstance(total, Tensor)
-        return total
+        return torch.stack([part for part in parts if part is not None]).sum(0)
 
     def subtract_from(self, rows: Tensor) -> Tensor:
         """Rows minus q."""
