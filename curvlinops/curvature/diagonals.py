@@ -10,9 +10,12 @@ from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
 from curvlinops.curvature.gradient_moments import require_terms
-from curvlinops.curvature.sandwich import Sampling
+from curvlinops.curvature.sandwich import Sampling, sandwich_product
+from curvlinops.operators.base import unit_columns
+from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.risk.empirical_risk import BatchSum
+from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import HessianFactor, LossFactor, gradient_factor, sampled_factor
 from curvlinops.risk.model import Parameters
@@ -46,9 +49,19 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 
     def _diagonal_batch(self, X: Any, y: Any) -> Sequence[Tensor]:
         """The diagonal summed over a mini-batch's data."""
+        if self._risk.loss is not None and not self._risk.loss.is_known:
+            return self._diagonal_by_products(X, y)
         lin = self._risk.linearize(X)
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
         return sums_of_squares(self._risk.model, X, lin, list(factor.columns()))
+
+    def _diagonal_by_products(self, X: Any, y: Any) -> list[Tensor]:
+        """The diagonal from products with all unit vectors: all that is left where the loss has no terms."""
+        product = sandwich_product(self._risk, X, y, self._loss_factor)
+        parts = []
+        for units in unit_columns(self.domain, self._chunk_size or DEFAULT_CHUNK_SIZE):
+            parts.append((units * Space.merge(product(self.domain.split(units)))).sum(0))
+        return [entries.squeeze(-1) for entries in self.domain.split(torch.cat(parts).unsqueeze(-1))]
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         diagonal = self._diagonal_batch(X, y)
@@ -73,7 +86,8 @@ class GGNDiagonalLinearOperator(CurvatureDiagonal):
 
     Args:
         model_func: See :class:`CurvatureLinearOperator`, as for all arguments but those below.
-        loss_func: Cross-entropy, squared error or binary cross-entropy.
+        loss_func: The loss; one that is not cross-entropy, squared error or binary cross-entropy costs D products
+            and has no samples.
         params: The parameters.
         data: The data.
         progressbar: Whether to show progress.
@@ -85,7 +99,7 @@ class GGNDiagonalLinearOperator(CurvatureDiagonal):
         **options: ``weight_fn``, ``process_group``, ``chunk_size``.
 
     Raises:
-        NotImplementedError: If the loss is not one of the three.
+        NotImplementedError: If there are samples to draw, and the loss is not one of the three.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
@@ -122,7 +136,10 @@ class GGNDiagonalLinearOperator(CurvatureDiagonal):
             batch_size_fn,
             **options,
         )
-        require_terms(self, "position")
+        if mc_samples > 0:
+            require_terms(self, "position")
+        loss = self._risk.loss
+        self.POSITIVE_SEMIDEFINITE = loss is not None and loss.is_convex
 
     def _begin_pass(self) -> None:
         self._sampling.restart(self.device, self._risk.rank)

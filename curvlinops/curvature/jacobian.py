@@ -7,6 +7,7 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
 from curvlinops.operators.algebra import Adjoint
@@ -163,7 +164,9 @@ class TransposedJacobianLinearOperator(Adjoint):
         check_deterministic: Whether to check that model and data repeat.
         num_data: Number of data.
         batch_size_fn: Number of data in X.
-        **options: ``chunk_size``.
+        weight_fn: Refused, as in :class:`JacobianLinearOperator`.
+        process_group: Refused likewise.
+        chunk_size: Columns that go through the network together, or ``"auto"``.
 
     >>> import torch
     >>> model = torch.nn.Linear(3, 2)
@@ -181,10 +184,22 @@ class TransposedJacobianLinearOperator(Adjoint):
         check_deterministic: bool = True,
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
-        **options: Unpack[RiskOptions],
+        *,
+        weight_fn: Callable[[Any, Any], Tensor] | None = None,
+        process_group: ProcessGroup | None = None,
+        chunk_size: int | str = "auto",
     ) -> None:
         jacobian = JacobianLinearOperator(
-            model_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, **options
+            model_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            weight_fn=weight_fn,
+            process_group=process_group,
+            chunk_size=chunk_size,
         )
         super().__init__(jacobian)
         self._model_func = model_func

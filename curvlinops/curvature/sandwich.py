@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator
+from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import LossFactor
 
@@ -23,20 +25,25 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         raise NotImplementedError
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
-        lin = self._risk.linearize(X)
-        factors: list[LossFactor] = []
+        return sandwich_product(self._risk, X, y, self._loss_factor)
 
-        def product(V: list[Tensor]) -> list[Tensor]:
-            nonlocal lin
-            lin, JV = self._risk.push(lin, X, V)
-            if not factors:  # one draw a mini-batch, after the forward that the first push runs
-                factors.append(self._loss_factor(self._risk.terms(lin.output, X, y)))
-            U = factors[0].gram(JV)
-            R = lin.pull(U)
-            self._risk.note_products(U, JV, V, R)
-            return R
 
-        return product
+def sandwich_product(risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> BatchProduct:
+    """The map V -> Jᵀ S Sᵀ J V of one mini-batch."""
+    lin = risk.linearize(X)
+    factors: list[LossFactor] = []
+
+    def product(V: list[Tensor]) -> list[Tensor]:
+        nonlocal lin
+        lin, JV = risk.push(lin, X, V)
+        if not factors:  # one draw a mini-batch, after the forward that the first push runs
+            factors.append(loss_factor(risk.terms(lin.output, X, y)))
+        U = factors[0].gram(JV)
+        R = lin.pull(U)
+        risk.note_products(U, JV, V, R)
+        return R
+
+    return product
 
 
 class Sampling:

@@ -22,9 +22,9 @@ def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
 
 def scale(operator: LinearOperator, factor: float) -> LinearOperator:
     """The operator times a number; nested scalings merge."""
-    closed = getattr(operator, "_closed_scaling", None)
-    if closed is not None:
-        return closed(factor)
+    if hasattr(operator, "_closed_scaling"):
+        closed: LinearOperator = operator._closed_scaling(factor)
+        return closed
     if isinstance(operator, Scaled):
         return Scaled(operator.operator, factor * operator.factor)
     return Scaled(operator, factor)

@@ -244,7 +244,7 @@ def _keywords(cls: type) -> list[str]:
         if "__init__" in vars(base):
             parameters = list(inspect.signature(vars(base)["__init__"]).parameters.values())[1:]
             known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-            if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            if base is cls and not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
     return known
 

@@ -33,12 +33,14 @@ class Engine:
     Attributes:
         forward_mode: Whether to push by forward mode; otherwise by double backward.
         vmap: Whether several columns may go through the network at once.
+        fused: Whether the forward that pushes a single column may also record the graph.
         is_verified: Whether the checks on the first mini-batch are done.
     """
 
     def __init__(self, forward_mode: bool = True) -> None:
         self.forward_mode = forward_mode
         self.vmap = True
+        self.fused = True
         self.is_verified = False
 
     def give_up_vmap(self, error: Exception) -> None:
@@ -89,10 +91,13 @@ class Linearization(ABC):
 class ForwardMode(Linearization):
     """Pushes by dual numbers."""
 
+    _has_tangents = False
+
     def push(self, V: Columns) -> Tensor:
         """J V: one column in the forward that records the graph, several under vmap or one after the other."""
         if V[0].shape[-1] == 1:
-            return self._push_one([v.squeeze(-1) for v in V], record=self._prediction is None).unsqueeze(-1)
+            record = self._engine.fused and self._prediction is None
+            return self._push_one([v.squeeze(-1) for v in V], record).unsqueeze(-1)
         # The graph comes first, so that a model that cannot be differentiated says so here.
         _ = self.prediction
         if self._engine.vmap:
@@ -103,6 +108,16 @@ class ForwardMode(Linearization):
         columns = [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
         return torch.stack([self._push_one(column, record=False) for column in columns], -1)
 
+    def pull(self, U: Tensor) -> list[Tensor]:
+        """Jᵀ U; a forward that runs again in the backward (checkpointing) needs a graph without tangents."""
+        try:
+            return super().pull(U)
+        except RuntimeError as error:
+            if is_out_of_memory(error) or not self._has_tangents:
+                raise
+        self._engine.fused, self._has_tangents, self._prediction = False, False, None
+        return super().pull(U)
+
     def _push_one(self, v: Columns, record: bool) -> Tensor:
         values = self.values if record else [value.detach() for value in self.values]
         with torch.set_grad_enabled(record), forward_ad.dual_level(), _ConstantPadding():
@@ -110,6 +125,7 @@ class ForwardMode(Linearization):
             primal, tangent = forward_ad.unpack_dual(self._model(duals, self._X))
         if record:
             self._prediction = checked(primal, self._engine, twice=False)
+            self._has_tangents = True
         return torch.zeros_like(primal).detach() if tangent is None else tangent.detach()
 
     def _push_all(self, V: Columns) -> Tensor:
@@ -120,7 +136,7 @@ class ForwardMode(Linearization):
             return tangent
 
         with torch.no_grad(), _ConstantPadding():
-            return torch.func.vmap(push)(*V)  # type: ignore[no-any-return]
+            return torch.func.vmap(push)(*V)
 
 
 class DoubleBackward(Linearization):

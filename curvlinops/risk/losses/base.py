@@ -116,9 +116,9 @@ def per_row(weight: Tensor | None, rows: Tensor) -> Tensor | float:
     return 1.0 if weight is None else weight.to(rows.dtype).reshape(-1, 1, 1)
 
 
-def total_weight(weight: Tensor | None, num_data: int) -> float | Tensor:
-    """Σ_n w_n, or the number of data."""
-    return float(num_data) if weight is None else weight.double().sum()
+def total_weight(weight: Tensor | None, num_data: int) -> Tensor:
+    """Σ_n w_n, or the number of data, as a float64 tensor without axes."""
+    return torch.tensor(float(num_data), dtype=torch.float64) if weight is None else weight.double().sum()
 
 
 def check_same_shape(name: str, prediction: Tensor, y: Any) -> Tensor:

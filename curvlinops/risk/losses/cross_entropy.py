@@ -24,9 +24,7 @@ class CrossEntropy(Loss):
     def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
         self._check_target(y)
         if y.is_floating_point():
-            positions = y.shape[2:].numel()
-            total = total_weight(weight, y.shape[0])
-            return torch.as_tensor(total, dtype=torch.float64, device=y.device) * positions
+            return total_weight(weight, len(y)) * float(y.shape[2:].numel())
         counted = self._label_weights(y, torch.float64)
         if weight is None:
             return counted.sum()
@@ -143,7 +141,8 @@ class _CrossEntropyTerms(Terms):
             raise ValueError(f"{loss.name}: weights or targets give a term a negative mass, so it is not convex.")
         # Published Monte-Carlo figures draw from the softmax of the prediction as it stands.
         self._probability = at_least_float32(prediction.detach()).softmax(1)
-        self._probability = self.to_rows(self._probability.unsqueeze(-1)).squeeze(-1)
+        # The numbers that multinomial draws depend on the order in memory, hence one order for all.
+        self._probability = self.to_rows(self._probability.unsqueeze(-1)).squeeze(-1).contiguous()
 
     def value(self) -> Tensor:
         return -self._mass.inner(self.rows.log_softmax(-1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from curvlinops.risk.losses.base import Loss, Terms, check_same_shape, per_row
+from curvlinops.risk.losses.base import Loss, Terms, check_same_shape, per_row, total_weight
 
 
 class SquaredError(Loss):
@@ -31,9 +31,7 @@ def elements_of(name: str, y: Any, weight: Tensor | None) -> Tensor:
     """Number of elements of the targets, each datum's counted with its weight."""
     if not isinstance(y, Tensor) or y.ndim == 0:
         raise ValueError(f"{name}: expected a tensor of targets with the datum on axis 0, got {y!r:.80}.")
-    if weight is None:
-        return torch.tensor(float(y.numel()), dtype=torch.float64, device=y.device)
-    return weight.double().sum() * y.shape[1:].numel()
+    return total_weight(weight, y.shape[0]) * y.shape[1:].numel()
 
 
 def channels_last_axis(prediction: Tensor) -> int | None:
