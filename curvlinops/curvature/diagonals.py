@@ -15,6 +15,7 @@ from curvlinops.operators.base import unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.risk.empirical_risk import BatchSum
+from curvlinops.risk.layers.recorder import LinearLayerRecorder, reliable_notes
 from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import HessianFactor, LossFactor, gradient_factor, sampled_factor
@@ -52,8 +53,11 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         if self._risk.loss is not None and not self._risk.loss.is_known:
             return self._diagonal_by_products(X, y)
         lin = self._risk.linearize(X)
+        with LinearLayerRecorder(lin.values) as recorder:
+            prediction = lin.prediction
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
-        return sums_of_squares(self._risk.model, X, lin, list(factor.columns()))
+        notes = reliable_notes(recorder.notes, prediction, lin.values)
+        return sums_of_squares(self._risk.model, X, lin, notes, list(factor.columns()))
 
     def _diagonal_by_products(self, X: Any, y: Any) -> list[Tensor]:
         """The diagonal from products with all unit vectors: all that is left where the loss has no terms."""
@@ -79,8 +83,9 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 class GGNDiagonalLinearOperator(CurvatureDiagonal):
     r"""The diagonal of :class:`GGNLinearOperator`, with the same scale and the same samples.
 
-    **Cost**: with C prediction entries a datum, the gradients of every datum for each of its C columns (for
-    ``mc_samples`` each of its samples), held for a few data at a time. Afterwards O(D) a product.
+    **Cost**: with C prediction entries a datum, a backward for each of C columns (for ``mc_samples`` each sample) for
+    the parameters of linear layers; for others the gradients of every datum for each column, held for a few data at a
+    time. Afterwards O(D) a product.
 
     **Reference**: Dangel, Kunstner, Hennig (2020), BackPACK: packing more into backprop, arXiv:1912.10985.
 
@@ -154,8 +159,8 @@ class GGNDiagonalLinearOperator(CurvatureDiagonal):
 class EFDiagonalLinearOperator(CurvatureDiagonal):
     r"""The diagonal of :class:`EFLinearOperator`, with the same scale and the same ``terms``.
 
-    **Cost**: the gradient of every datum for each of its terms, held for a few data at a time. Afterwards O(D) a
-    product.
+    **Cost**: a backward for each term of a datum for the parameters of linear layers; for others the gradients of
+    every datum for each of its terms, held for a few data at a time. Afterwards O(D) a product.
 
     **Reference**: Dangel, Kunstner, Hennig (2020), BackPACK: packing more into backprop, arXiv:1912.10985.
 

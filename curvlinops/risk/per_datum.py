@@ -1,4 +1,4 @@
-"""Sums of squared per-datum gradients, which diagonals are made of."""
+"""Sums of squared per-datum gradients, which diagonals are made of: from layer notes, under vmap, or by masks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from curvlinops.risk.batches import map_tensors, tensors_of
+from curvlinops.risk.layers.recorder import LinearNote, output_gradients
 from curvlinops.risk.linearization import Linearization, is_out_of_memory
+from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.verification import tolerance
 
@@ -19,55 +21,119 @@ _CHUNK_NUMEL = 2**26
 
 
 def sums_of_squares(
-    model: FunctionalModel, X: Any, linearization: Linearization, columns: Sequence[Tensor]
+    model: FunctionalModel,
+    X: Any,
+    linearization: Linearization,
+    notes: Sequence[LinearNote],
+    columns: Sequence[Tensor],
 ) -> list[Tensor]:
     r"""The diagonal :math:`\sum_n \sum_r (J_n^\top s_{nr})^2` of one mini-batch.
 
-    Where the model takes data one by one, per-datum gradients are computed for a few data at a time under vmap.
-    Otherwise each datum's column is pulled back through the whole mini-batch, which costs N times as much.
+    The parameters of noted layers take one backward a column. For the others, per-datum gradients are computed for a
+    few data at a time under vmap; where the model does not take data one by one, each datum's column is pulled back
+    through the whole mini-batch, which costs N times as much.
 
     Args:
         model: The model.
         X: Inputs of the mini-batch.
         linearization: The model at these inputs.
+        notes: Notes of linear layers in the linearisation's graph.
         columns: Columns of the loss factor in the prediction's shape ``[N, *out]``, one of each datum at a time.
 
     Returns:
         A tensor for each parameter, in its shape.
     """
+    columns = [column.to(linearization.output.dtype) for column in columns]
+    squares = _from_notes(linearization, notes, columns)
+    rest = [i for i in range(len(linearization.values)) if i not in squares]
+    if rest:
+        found = _of_each_datum(model, X, linearization, rest, columns)
+        squares.update(zip(rest, found, strict=True))
+    return [squares[i] for i in range(len(linearization.values))]
+
+
+def _zeros(value: Tensor) -> Tensor:
+    return at_least_float32(torch.zeros_like(value)).detach()
+
+
+# ------------------------------------------------------------------- from notes
+
+
+def _from_notes(
+    linearization: Linearization, notes: Sequence[LinearNote], columns: Sequence[Tensor]
+) -> dict[int, Tensor]:
+    squares = {i: _zeros(linearization.values[i]) for note in notes for i in note.parameters}
+    rows = [torch.zeros(()) for _ in notes]
+    if not notes:
+        return squares
+    for column in columns:
+        gradients = output_gradients(notes, linearization.prediction, column)
+        for k, g in enumerate(map(at_least_float32, gradients)):
+            if g.ndim == 2:
+                # One position a datum: Σ_r (g_r a)² = (Σ_r g_r²) a², so that one product serves all columns.
+                rows[k] = g.square() if rows[k].ndim == 0 else rows[k].addcmul_(g, g)
+            else:
+                _add_squares_over_positions(notes[k], g, squares)
+    for note, g_squared in zip(notes, rows, strict=True):
+        if g_squared.ndim and note.weight is not None:
+            squares[note.weight] += g_squared.T @ at_least_float32(note.input).square()
+        if g_squared.ndim and note.bias is not None:
+            squares[note.bias] += g_squared.sum(0)
+    return squares
+
+
+def _add_squares_over_positions(note: LinearNote, g: Tensor, squares: dict[int, Tensor]) -> None:
+    """Add (Σ_t g_t a_tᵀ)² for each datum, a few data at a time."""
+    a, g = at_least_float32(note.input).flatten(1, -2), g.flatten(1, -2)
+    if note.bias is not None:
+        squares[note.bias] += g.sum(1).square().sum(0)
+    if note.weight is not None:
+        for data in _slices(len(a), max(1, _CHUNK_NUMEL // squares[note.weight].numel())):
+            squares[note.weight] += torch.bmm(g[data].mT, a[data]).square_().sum(0)
+
+
+# ---------------------------------------------------------------- datum by datum
+
+
+def _of_each_datum(
+    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]
+) -> list[Tensor]:
     num_data = len(columns[0])
     if all(t.ndim > 0 and len(t) == num_data for t in tensors_of(X)) and not model.is_closure:
         try:
-            return _by_vmap(model, X, linearization, columns)
+            return _by_vmap(model, X, linearization, chosen, columns)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             if is_out_of_memory(error):
                 raise
-    return _by_masks(linearization, columns)
+    return _by_masks(linearization, chosen, columns)
 
 
-def _by_vmap(model: FunctionalModel, X: Any, linearization: Linearization, columns: Sequence[Tensor]) -> list[Tensor]:
+def _by_vmap(
+    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]
+) -> list[Tensor]:
     values = [v.detach() for v in linearization.values]
-    numel = sum(v.numel() for v in values)
-    num_data = len(columns[0])
-    at_once = max(1, min(len(columns), _CHUNK_NUMEL // numel))
-    data_at_once = max(1, _CHUNK_NUMEL // (numel * at_once))
-    squares = [torch.zeros_like(v) for v in values]
-    sums = [torch.zeros_like(v) for v in values]
+    wanted = [values[i] for i in chosen]
+    numel = sum(v.numel() for v in wanted)
+    columns_at_once = max(1, min(len(columns), _CHUNK_NUMEL // numel))
+    data_at_once = max(1, _CHUNK_NUMEL // (numel * columns_at_once))
+    squares, sums = [_zeros(v) for v in wanted], [_zeros(v) for v in wanted]
 
     def gradients(x: Any, u: Tensor) -> Any:
         def predict(*p: Tensor) -> Tensor:
-            return model(p, map_tensors(lambda t: t.unsqueeze(0), x)).squeeze(0)
+            replaced = dict(zip(chosen, p, strict=True))
+            every = [replaced.get(i, v) for i, v in enumerate(values)]
+            return model(every, map_tensors(lambda t: t.unsqueeze(0), x)).squeeze(0)
 
-        return vmap(vjp(predict, *values)[1])(u)
+        return vmap(vjp(predict, *wanted)[1])(u)
 
-    for data in _slices(num_data, data_at_once):
+    for data in _slices(len(columns[0]), data_at_once):
         part = map_tensors(lambda t, d=data: t[d], X)  # type: ignore[misc]
-        for chosen in _slices(len(columns), at_once):
-            U = torch.stack([column[data] for column in columns[chosen]], 1).to(linearization.output.dtype)
+        for some in _slices(len(columns), columns_at_once):
+            U = torch.stack([column[data] for column in columns[some]], 1)
             for square, total, g in zip(squares, sums, vmap(gradients)(part, U), strict=True):
                 total += g.sum((0, 1))
-                square += g.square_().sum((0, 1))
-    _check_sums(linearization, columns, sums)
+                square += at_least_float32(g).square().sum((0, 1))
+    _check_sums(linearization, chosen, columns, sums)
     return squares
 
 
@@ -75,23 +141,25 @@ def _slices(length: int, step: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, length, step))
 
 
-def _check_sums(linearization: Linearization, columns: Sequence[Tensor], sums: Sequence[Tensor]) -> None:
+def _check_sums(
+    linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor], sums: Sequence[Tensor]
+) -> None:
     """Per-datum gradients must add up to the mini-batch's: proves which axis of X is the datum."""
-    whole = linearization.pull(torch.stack(list(columns)).sum(0).unsqueeze(-1))
-    error = torch.stack([(w.squeeze(-1) - s).square().sum() for w, s in zip(whole, sums, strict=True)]).sum().sqrt()
-    size = torch.stack([s.square().sum() for s in sums]).sum().sqrt()
-    if error > tolerance(size.dtype, size.device) * size + torch.finfo(size.dtype).eps:
+    pulled = linearization.pull(torch.stack(list(columns)).sum(0).unsqueeze(-1))
+    pairs = [(pulled[i].squeeze(-1), s) for i, s in zip(chosen, sums, strict=True)]
+    error = torch.stack([(whole - s).square().sum() for whole, s in pairs]).sum().sqrt()
+    size = torch.stack([s.square().sum() for _, s in pairs]).sum().sqrt()
+    if error > tolerance(linearization.output.dtype, size.device) * size + torch.finfo(size.dtype).eps:
         raise RuntimeError("Per-datum gradients do not add up to the gradient of the mini-batch.")
 
 
-def _by_masks(linearization: Linearization, columns: Sequence[Tensor]) -> list[Tensor]:
-    squares: list[Tensor] = []
+def _by_masks(linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]) -> list[Tensor]:
+    squares = [_zeros(linearization.values[i]) for i in chosen]
     for column in columns:
         for n in range(len(column)):
             masked = torch.zeros_like(column)
             masked[n] = column[n]
-            pulled = [g.squeeze(-1) for g in linearization.pull(masked.unsqueeze(-1))]
-            squares = squares or [torch.zeros_like(g) for g in pulled]
-            for square, g in zip(squares, pulled, strict=True):
-                square.addcmul_(g, g)
+            pulled = linearization.pull(masked.unsqueeze(-1))
+            for square, i in zip(squares, chosen, strict=True):
+                square += at_least_float32(pulled[i].squeeze(-1)).square()
     return squares
