@@ -21,8 +21,8 @@ from curvlinops.risk.surroundings import differentiable, preserved_random_state
 class JacobianLinearOperator(CurvatureLinearOperator):
     r"""The Jacobian :math:`J = \partial f(X) / \partial\theta` of the stacked predictions of all data.
 
-    The codomain is one tensor ``[N, *out]``; where the predictions of mini-batches differ in their other axes, one
-    tensor a mini-batch. Finding its shape takes a forward, at first use. ``J @ J.T`` is the empirical neural tangent
+    The codomain is one tensor ``[N, *out]`` with the name ``prediction``; where the predictions of mini-batches differ
+    in their other axes, one tensor a mini-batch (``prediction.0``, ``prediction.1``, ...). Finding its shape takes a forward, at first use. ``J @ J.T`` is the empirical neural tangent
     kernel.
 
     **Cost**: ``J @ v`` a forward with tangents, ``J.T @ u`` a forward and a backward a column.
@@ -83,9 +83,10 @@ class JacobianLinearOperator(CurvatureLinearOperator):
     def codomain(self) -> Space:
         """The space of stacked predictions; the first use runs a forward over the data."""
         shapes = self._shapes_of_batches()
+        names = tuple(f"prediction.{b}" for b in range(len(shapes)))
         if len({shape[1:] for shape in shapes}) == 1:
-            shapes = [(sum(shape[0] for shape in shapes), *shapes[0][1:])]
-        return Space(tuple(shapes), self.dtype, self.device)
+            shapes, names = [(sum(shape[0] for shape in shapes), *shapes[0][1:])], ("prediction",)
+        return Space(tuple(shapes), self.dtype, self.device, names)
 
     def _shapes_of_batches(self) -> list[tuple[int, ...]]:
         if self._output_shapes is None:

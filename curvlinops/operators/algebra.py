@@ -93,6 +93,15 @@ class _Node(LinearOperator):
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         raise NotImplementedError
 
+    #: What a node over one operator holds.
+    operator: LinearOperator
+
+    def _inside(self) -> Sequence[LinearOperator]:
+        return [self.operator]
+
+    def _repr_extra(self) -> str:
+        return f", of {', '.join(type(operator).__name__ for operator in self._inside())}"
+
     def linearize(self, max_memory: int | None = None) -> LinearOperator:
         """The node over linearised operators."""
         return self._rebuilt(lambda operator: operator.linearize(max_memory))
@@ -110,9 +119,6 @@ class Sum(_Node):
         for term in terms[1:]:
             domain = domain.join(term.domain, "sum")
             codomain = codomain.join(term.codomain, "sum")
-        if domain.numel == codomain.numel and domain.is_flat != codomain.is_flat:
-            # A square flat term beside a structured one leaves no side flat.
-            domain = codomain = domain.join(codomain, "sum")
         super().__init__(domain, codomain)
         self.terms = [adopt(term, domain, codomain) for term in terms]
         self.SELF_ADJOINT = all(term.SELF_ADJOINT for term in terms)
@@ -123,6 +129,9 @@ class Sum(_Node):
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         return _accumulate(term._rmatmat(X) for term in self.terms)
+
+    def _inside(self) -> Sequence[LinearOperator]:
+        return self.terms
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return Sum([change(term) for term in self.terms])
@@ -182,6 +191,9 @@ class Chain(_Node):
             X = factor._rmatmat(_recut(X, space, factor.codomain))
             space = factor.domain
         return X
+
+    def _inside(self) -> Sequence[LinearOperator]:
+        return self.factors
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         # A palindrome such as Jᵀ A J keeps its shared ends shared, so that it stays recognisably symmetric.

@@ -109,7 +109,7 @@ class LinearOperator(ABC):
 
     @property
     def H(self) -> LinearOperator:
-        """The adjoint: itself when self-adjoint."""
+        """The adjoint, which is the operator itself when it is self-adjoint."""
         return self.adjoint()
 
     @property
@@ -118,7 +118,7 @@ class LinearOperator(ABC):
         return self.adjoint()
 
     def adjoint(self) -> LinearOperator:
-        """The adjoint: itself when self-adjoint, else an operator that swaps the two products."""
+        """The operator itself when it is self-adjoint, else one that swaps the two products."""
         from curvlinops.operators.algebra import Adjoint
 
         return self if self.SELF_ADJOINT else Adjoint(self)
@@ -140,7 +140,10 @@ class LinearOperator(ABC):
         with torch.inference_mode(False), torch.no_grad():
             columns, form = source.read(M, columns_first)
             form.check(target)
-            result = self._rmatmat(columns) if columns_first else self._matmat(columns)
+            if columns[0].shape[-1] == 0:
+                result = [torch.zeros(*shape, 0, dtype=target.dtype, device=target.device) for shape in target.shapes]
+            else:
+                result = self._rmatmat(columns) if columns_first else self._matmat(columns)
             return form.write([r.detach() for r in result], target)
 
     def __add__(self, other: Any) -> LinearOperator:

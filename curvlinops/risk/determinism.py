@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,8 +22,9 @@ def check_deterministic(risk: EmpiricalRisk, order_matters: bool) -> None:
     """Find what makes two passes differ: dropout, batch norm, shuffling, random augmentation.
 
     Two passes are made under two different seeds. In the first, the model runs twice on each mini-batch: whole, and
-    on its two halves under the other seed, which must agree within rounding. The second only compares the data.
-    Random states are put back at the end. Cost: two forwards, two passes over the loader.
+    on its two halves under the other seed, which must agree within rounding; so must the loss, which has to be a sum
+    or mean over data. The second pass only compares the data. Random states are put back at the end. Cost: two
+    forwards, two passes over the loader.
 
     Args:
         risk: The risk to check.
@@ -32,69 +32,107 @@ def check_deterministic(risk: EmpiricalRisk, order_matters: bool) -> None:
 
     Raises:
         DeterminismError: Naming the mini-batch and what differed.
+        FloatingPointError: If a prediction or loss is not finite.
+        NotImplementedError: If the loss is neither a sum nor a mean over data.
     """
     with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
         seed_everything(_SEEDS[0])
-        first = [_fingerprint(batch.X, batch.y) for batch in _checked_batches(risk)]
+        first = _checked_pass(risk)
         seed_everything(_SEEDS[1])
         second = [_fingerprint(batch.X, batch.y) for batch in risk.batches("checking that data repeat")]
     _compare_passes(first, second, order_matters)
 
 
-def _checked_batches(risk: EmpiricalRisk) -> Iterator[Batch]:
+def _checked_pass(risk: EmpiricalRisk) -> list[Tensor]:
+    """Check each mini-batch; the fingerprints of their data."""
+    prints: list[Tensor] = []
+    coupled: list[int] = []
     num_data = 0
     for batch in risk.batches("checking that the model repeats"):
-        _check_model(risk, batch.index, batch.X)
+        state = torch.get_rng_state()
+        whole, halves = _checked_predictions(risk, batch)
+        if not _loss_is_sum(risk, batch, whole, halves):
+            coupled.append(batch.index)
+        torch.set_rng_state(state)
         if risk.num_data is not None:
             num_data += risk.batch_size(batch.X, batch.y)
-        yield batch
-    if risk.num_data is not None and risk.process_group is None and num_data != risk.num_data:
-        raise ValueError(f"num_data={risk.num_data}, but the mini-batches hold {num_data} data.")
+        prints.append(_fingerprint(batch.X, batch.y))
+    risk.check_num_data(num_data)
+    if coupled and len(prints) > 1 and risk.loss is not None:
+        raise NotImplementedError(
+            f"{risk.name}: the loss {risk.loss.name} of mini-batch {coupled[0]} is not the {risk.loss.reduction} over "
+            "its data of something that each datum has alone (class weights of a loss that is not known? a contrast "
+            "between data?), so the result would depend on how data are cut into mini-batches. Give all data in one "
+            "mini-batch, set the loss's reduction attribute, or pass check_deterministic=False."
+        )
+    return prints
 
 
-def _check_model(risk: EmpiricalRisk, index: int, X: Any) -> None:
-    state = torch.get_rng_state()
-    seed_everything(_SEEDS[0] + index)
-    whole = risk.model(risk.model.params, X)
+def _checked_predictions(risk: EmpiricalRisk, batch: Batch) -> tuple[Tensor, list[Tensor] | None]:
+    """The prediction of a mini-batch, and of its halves where X can be cut."""
+    seed_everything(_SEEDS[0] + batch.index)
+    whole = risk.model(risk.model.params, batch.X)
     if not whole.isfinite().all():
-        raise FloatingPointError(f"{risk.name}: the prediction of mini-batch {index} is not finite.")
-    seed_everything(_SEEDS[1] + index)
-    halves = _on_halves(risk, X, whole)
-    again = risk.model(risk.model.params, X) if halves is None else halves
-    normalising = [layer for layer in risk.model.training_layers if "Norm" in layer]
+        raise FloatingPointError(f"{risk.name}: the prediction of mini-batch {batch.index} is not finite.")
+    seed_everything(_SEEDS[1] + batch.index)
+    halves = _on_halves(risk, batch.X, whole)
+    again = risk.model(risk.model.params, batch.X) if halves is None else torch.cat(halves)
+    layers = risk.model.training_layers
+    normalising = [layer for layer in layers if "Norm" in layer]
     if halves is None and normalising:
         raise DeterminismError(f"{risk.name}: batch norm in training mode mixes data: {', '.join(normalising)}.")
-    torch.set_rng_state(state)
-    difference = float((whole - again).abs().max()) if whole.numel() else 0.0
-    if difference > _rounding(whole):
-        layers = risk.model.training_layers
+    if not _agree(whole, again):
         hint = f" In training mode: {', '.join(layers[:5])}; call model.eval()." if layers else ""
         raise DeterminismError(
-            f"{risk.name}: two forward passes over mini-batch {index}, the second on its halves under another seed, "
-            f"differ by {difference:.2g}: the model is random, or its output for a datum depends on the rest of the "
-            f"mini-batch.{hint} Pass check_deterministic=False if you want this."
+            f"{risk.name}: two forward passes over mini-batch {batch.index}, the second on its halves under another "
+            f"seed, differ by {float((whole - again).abs().max()):.2g}: the model is random, or its output for a datum "
+            f"depends on the rest of the mini-batch.{hint} Pass check_deterministic=False if you want this."
         )
+    return whole, halves
 
 
-def _on_halves(risk: EmpiricalRisk, X: Any, whole: Tensor) -> Tensor | None:
-    """The prediction put together from two halves; ``None`` where X cannot be cut along the datum axis."""
-    size = len(whole)
-    if size < 2 or any(t.ndim == 0 or len(t) != size for t in tensors_of(X)):
+def _on_halves(risk: EmpiricalRisk, X: Any, whole: Tensor) -> list[Tensor] | None:
+    """The predictions of two halves; ``None`` where X cannot be cut along the datum axis."""
+    if len(whole) < 2 or not _has_rows(X, len(whole)):
         return None
-    middle = (size + 1) // 2
-    parts = [map_tensors(lambda t: t[:middle], X), map_tensors(lambda t: t[middle:], X)]
     try:
-        predictions = [risk.model(risk.model.params, part) for part in parts]
+        predictions = [risk.model(risk.model.params, part) for part in _halved(X, len(whole))]
     except (RuntimeError, ValueError, IndexError):
         return None
-    if [len(p) for p in predictions] != [middle, size - middle] or predictions[0].shape[1:] != whole.shape[1:]:
+    if sum(len(p) for p in predictions) != len(whole) or predictions[0].shape[1:] != whole.shape[1:]:
         return None
-    return torch.cat(predictions)
+    return predictions
 
 
-def _rounding(prediction: Tensor) -> float:
-    scale = 1e-8 if prediction.dtype == torch.float64 else 1e-3 if prediction.dtype == torch.float32 else 0.1
-    return scale * float(prediction.abs().max())
+def _has_rows(tree: Any, size: int) -> bool:
+    return all(t.ndim > 0 and len(t) == size for t in tensors_of(tree))
+
+
+def _halved(tree: Any, size: int) -> list[Any]:
+    middle = (size + 1) // 2
+    return [map_tensors(lambda t: t[:middle], tree), map_tensors(lambda t: t[middle:], tree)]
+
+
+def _loss_is_sum(risk: EmpiricalRisk, batch: Batch, whole: Tensor, halves: list[Tensor] | None) -> bool:
+    """Whether the mini-batch's loss is finite and, for a loss whose terms are unknown, that of its halves together."""
+    if risk.loss is None:
+        return True
+    value = risk.terms(whole, batch.X, batch.y).value()
+    if not value.isfinite():
+        raise FloatingPointError(f"{risk.name}: the loss of mini-batch {batch.index} is not finite.")
+    if risk.loss.is_known or halves is None or not _has_rows(batch.y, len(whole)):
+        return True
+    parts = zip(halves, _halved(batch.y, len(whole)), strict=True)
+    total = sum(risk.loss.terms(prediction, y, None).value() for prediction, y in parts)
+    return _agree(value, torch.as_tensor(total))
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal within rounding."""
+    if one.numel() == 0:
+        return True
+    allowed = 1e-8 if one.dtype == torch.float64 else 1e-3 if one.dtype == torch.float32 else 0.1
+    return bool((one - other).abs().max() <= allowed * one.abs().max())
 
 
 def _fingerprint(X: Any, y: Any) -> Tensor:

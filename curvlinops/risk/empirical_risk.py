@@ -159,7 +159,7 @@ class EmpiricalRisk:
                 batch_sum = begin()
                 for batch in self.batches(step):
                     self._add(found, batch, batch_sum)
-            self._check_num_data(found)
+            self.check_num_data(found.num_data)
         except Exception as error:
             # The other ranks wait for this one, so the error travels with the sums.
             if self.process_group is None:
@@ -195,9 +195,10 @@ class EmpiricalRisk:
             )
         return [t.div_(denominator) for t in found.sums]
 
-    def _check_num_data(self, found: Pass) -> None:
-        if self.num_data is not None and self.process_group is None and found.num_data != self.num_data:
-            raise ValueError(f"num_data={self.num_data}, but the mini-batches hold {found.num_data} data.")
+    def check_num_data(self, found: int) -> None:
+        """Raise if the data are not as many as was said; shards are not counted together."""
+        if self.num_data is not None and self.process_group is None and found != self.num_data:
+            raise ValueError(f"num_data={self.num_data}, but the mini-batches hold {found} data.")
 
     # ------------------------------------------------------------------- scale
 

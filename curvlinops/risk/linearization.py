@@ -13,14 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from backpack.hessianfree.rop import R_op
 from torch import Tensor
 from torch.autograd import forward_ad, grad
-from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.graph import refuse_by_name
 from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.tangents import TangentRules
 
 #: Columns that go through the network together when the user does not say.
 DEFAULT_CHUNK_SIZE = 8
@@ -120,7 +119,7 @@ class ForwardMode(Linearization):
 
     def _push_one(self, v: Columns, record: bool) -> Tensor:
         values = self.values if record else [value.detach() for value in self.values]
-        with torch.set_grad_enabled(record), forward_ad.dual_level(), _ConstantPadding():
+        with torch.set_grad_enabled(record), forward_ad.dual_level(), TangentRules():
             duals = [forward_ad.make_dual(value, column.contiguous()) for value, column in zip(values, v, strict=True)]
             primal, tangent = forward_ad.unpack_dual(self._model(duals, self._X))
         if record:
@@ -135,7 +134,7 @@ class ForwardMode(Linearization):
             tangent: Tensor = torch.func.jvp(lambda *p: self._model(p, self._X), values, v)[1]
             return tangent
 
-        with torch.no_grad(), _ConstantPadding():
+        with torch.no_grad(), TangentRules(under_vmap=True):
             return torch.func.vmap(push)(*V)
 
 
@@ -229,27 +228,6 @@ def _pull(outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tenso
         v.new_zeros(*v.shape, num_columns) if g is None else (g.movedim(0, -1) if batched else g.unsqueeze(-1))
         for v, g in zip(values, gradients, strict=True)
     ]
-
-
-class _ConstantPadding(TorchFunctionMode):
-    """Embedding rows at `padding_idx` are constants in forward mode, as they are in reverse mode."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        return _with_constant_padding(result, *args, **(kwargs or {})) if func is F.embedding else result
-
-
-def _with_constant_padding(
-    result: Tensor, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
-) -> Tensor:
-    if padding_idx is None:
-        return result
-    primal, tangent = forward_ad.unpack_dual(result, level=0)
-    if tangent is None:
-        return result
-    is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
-    dual: Tensor = forward_ad.make_dual(primal, tangent.masked_fill(is_padding, 0.0), level=0)
-    return dual
 
 
 def in_chunks(product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], chunk_size: int | None) -> list[Tensor]:

@@ -183,10 +183,10 @@ class CGInverseLinearOperator(LinearOperator):
             warnings.warn(
                 f"Conjugate gradients did not reach the relative residual {self._rtol:.2g} in {len(failed)} of "
                 f"{len(info.converged)} columns: the largest is {worst:.2g} after {int(info.num_iterations.max())} "
-                f"iterations{', with negative curvature met' if broken else ''}. Raise max_iter or the damping, or use "
-                "a preconditioner.",
+                f"iterations{', with negative curvature met' if broken else ''}. Add damping if the operator may be "
+                "singular; otherwise raise max_iter, or use a preconditioner.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def frozen(self) -> CGInverseLinearOperator:

@@ -57,8 +57,11 @@ class OuterProductFactor(LossFactor):
         self._columns = columns
 
     def _gram_rows(self, U: Tensor) -> Tensor:
-        inner = torch.einsum("ntcm,ntck->nmk", self._columns, U)
-        return torch.einsum("ntcm,nmk->ntck", self._columns, inner)
+        S = self._columns.flatten(1, 2)
+        V = U.flatten(1, 2)
+        # With more columns than rows, S Sᵀ of each datum is the smaller of the two intermediate results.
+        SSV = (S @ S.mT) @ V if S.shape[2] > S.shape[1] else S @ (S.mT @ V)
+        return SSV.reshape(U.shape)
 
     def _column_rows(self) -> Iterator[Tensor]:
         yield from self._columns.unbind(-1)

@@ -1,0 +1,153 @@
+"""Forward-mode rules of our own, where PyTorch's are missing, disagree with reverse mode, or cost more than they need.
+
+Between the layers, PyTorch pushes tangents by its own formulas. While the same forward records the graph for `pull`,
+these formulas are recorded as well, although nobody differentiates them. The rules here compute the tangents of the
+expensive layers outside of the graph, which cuts every recorded chain of tangents short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import sqrt
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+_ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+class TangentRules(TorchFunctionMode):
+    """Applies the rules to the calls they are for, while it is active inside of a dual level.
+
+    Args:
+        under_vmap: Whether many columns are pushed at once; only the rule that changes the result applies then.
+    """
+
+    def __init__(self, under_vmap: bool = False) -> None:
+        super().__init__()
+        self._rules: Mapping[Any, Callable[..., Any]] = _UNDER_VMAP if under_vmap else _RULES
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        rule = self._rules.get(func)
+        result = None if rule is None else rule(func, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {})) if result is None else result
+
+
+def _unpack(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """A tensor and its tangent, either of which may be missing."""
+    if tensor is None:
+        return None, None
+    primal, tangent = forward_ad.unpack_dual(tensor, level=0)
+    return primal, tangent
+
+
+def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
+    dual: Tensor = forward_ad.make_dual(primal, tangent, level=0)
+    return dual
+
+
+def _embedding(
+    func: Any, input: Tensor, weight: Tensor, padding_idx: int | None = None, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """Rows at `padding_idx` are constants, as they are in reverse mode."""
+    if padding_idx is None:
+        return None
+    result: Tensor = func(input, weight, padding_idx, *args, **kwargs)
+    primal, tangent = _unpack(result)
+    if primal is None or tangent is None:
+        return result
+    is_padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+    return _dual(primal, tangent.masked_fill(is_padding, 0.0))
+
+
+def _affine(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    """Layers that are linear in the input and affine in (weight, bias): fully connected and convolutional."""
+    (x, dx), (W, dW), (b, db) = _unpack(input), _unpack(weight), _unpack(bias)
+    assert x is not None and W is not None
+    if dx is None and dW is None:
+        return None
+    primal: Tensor = func(x, W, b, *args, **kwargs)
+    with torch.no_grad():
+        tangent: Tensor | None = None
+        if dW is not None:
+            tangent = func(x, dW, db, *args, **kwargs)
+        if dx is not None:
+            through_input = func(dx, W, db if tangent is None else None, *args, **kwargs)
+            tangent = through_input if tangent is None else tangent.add_(through_input)
+    assert tangent is not None
+    return _dual(primal, tangent)
+
+
+def _attention(
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor | None:
+    """Attention by any kernel; its tangent dP V + P dV with P = softmax(Q Kᵀ) formed once, outside of the graph."""
+    mask, dmask = _unpack(attn_mask)
+    if dropout_p > 0 or enable_gqa or dmask is not None:
+        return None
+    (q, dq), (k, dk), (v, dv) = _unpack(query), _unpack(key), _unpack(value)
+    assert q is not None and k is not None and v is not None
+    if dq is None and dk is None and dv is None:
+        return None
+    factor = 1 / sqrt(q.shape[-1]) if scale is None else scale
+    with sdpa_kernel(_ATTENTION_KERNELS):
+        primal: Tensor = func(q, k, v, mask, 0.0, is_causal, scale=scale)
+    with torch.no_grad():
+        P = _attention_weights(q * factor, k, mask, is_causal)
+        scores = _sum_of(
+            None if dq is None else (dq * factor) @ k.mT,
+            None if dk is None else (q * factor) @ dk.mT,
+        )
+        tangent = None if dv is None else P @ dv
+        if scores is not None:
+            dP = P * (scores - (P * scores).sum(-1, keepdim=True))
+            tangent = _sum_of(tangent, dP @ v)
+    assert tangent is not None
+    return _dual(primal, tangent)
+
+
+def _attention_weights(scaled_query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
+    scores = scaled_query @ key.mT
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is None:
+        return scores.softmax(-1)
+    if mask.dtype == torch.bool:
+        # A query that may look nowhere gets zeros, as in PyTorch's kernels.
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
+    return (scores + mask).softmax(-1)
+
+
+def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one.add_(other)
+
+
+_UNDER_VMAP: Mapping[Any, Callable[..., Any]] = {F.embedding: _embedding}
+_RULES: Mapping[Any, Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.linear: _affine,
+    F.conv1d: _affine,
+    F.conv2d: _affine,
+    F.conv3d: _affine,
+    F.scaled_dot_product_attention: _attention,
+}

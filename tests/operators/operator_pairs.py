@@ -1,0 +1,218 @@
+"""Operators paired with the dense matrices they stand for, and random expressions made of them.
+
+The matrices are computed by plain tensor arithmetic beside the operators, never by the operators themselves.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from curvlinops import (
+    BlockDiagonal,
+    Diagonal,
+    IdentityLinearOperator,
+    LinearOperator,
+    Space,
+    SubmatrixLinearOperator,
+    TensorLinearOperator,
+)
+
+CPU = torch.device("cpu")
+
+
+def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers that leave the global random state alone."""
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def symmetric(size: int, seed: int = 0) -> Tensor:
+    """A random symmetric matrix, exactly equal to its transpose."""
+    M = noise(size, size, seed=seed)
+    return M + M.T
+
+
+def named_space(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> Space:
+    """A space with names."""
+    return Space(tuple(shapes.values()), dtype, CPU, tuple(shapes))
+
+
+class MatrixOperator(LinearOperator):
+    """A dense matrix between any two spaces, without closed forms: stands for a curvature matrix or a Jacobian."""
+
+    def __init__(self, matrix: Tensor, domain: Space, codomain: Space, is_self_adjoint: bool = False) -> None:
+        super().__init__(domain, codomain)
+        self.matrix = matrix
+        self.SELF_ADJOINT = is_self_adjoint
+        self.num_products = 0
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        self.num_products += 1
+        return self._multiply(self.matrix, X, self.codomain)
+
+    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self._multiply(self.matrix.T, X, self.domain)
+
+    @staticmethod
+    def _multiply(matrix: Tensor, X: list[Tensor], target: Space) -> list[Tensor]:
+        K = X[0].shape[-1]
+        result = matrix @ torch.cat([x.reshape(-1, K) for x in X])
+        parts = torch.split(result, target.sizes)
+        return [part.reshape(*shape, K) for part, shape in zip(parts, target.shapes, strict=True)]
+
+
+def flat_operator(matrix: Tensor, is_self_adjoint: bool = False) -> MatrixOperator:
+    """A dense matrix on flat vectors, without closed forms."""
+    rows, columns = matrix.shape
+    spaces = Space.flat(columns, matrix.dtype, CPU), Space.flat(rows, matrix.dtype, CPU)
+    return MatrixOperator(matrix, *spaces, is_self_adjoint)
+
+
+# -- random expressions ------------------------------------------------------------------------------------------------
+
+#: The space of parameters, of size 5, and the flat space of outputs, of size 3.
+SHAPES = {"w": (2, 2), "b": (1,)}
+SIZES = {"params": 5, "outputs": 3}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """An operator, and the matrix that it must equal; the text says how it was built."""
+
+    operator: LinearOperator
+    matrix: Tensor
+    text: str
+
+
+def _space(name: str) -> Space:
+    return named_space(SHAPES) if name == "params" else Space.flat(SIZES[name], torch.float64, CPU)
+
+
+def _block_diagonal(seed: int) -> Pair:
+    parts = [
+        MatrixOperator(noise(4, 4, seed=seed), *[named_space({"w": (2, 2)})] * 2),
+        MatrixOperator(noise(1, 1, seed=seed + 1), *[named_space({"b": (1,)})] * 2),
+    ]
+    return Pair(BlockDiagonal(parts), torch.block_diag(*[p.matrix for p in parts]), f"blocks{seed}")
+
+
+def _mixed_blocks(seed: int) -> Pair:
+    entries, matrix = noise(2, 2, seed=seed), noise(1, 1, seed=seed + 1)
+    blocks = [Diagonal({"w": entries}), MatrixOperator(matrix, *[named_space({"b": (1,)})] * 2)]
+    return Pair(BlockDiagonal(blocks), torch.block_diag(torch.diag(entries.flatten()), matrix), f"mixed_blocks{seed}")
+
+
+def _params_leaf(kind: str, seed: int) -> Pair:
+    entries = noise(5, seed=seed)
+    tensors = [entries[:4].reshape(2, 2), entries[4:]]
+    if kind == "named diagonal":
+        return Pair(Diagonal(dict(zip(SHAPES, tensors, strict=True))), torch.diag(entries), f"diagonal{seed}")
+    if kind == "list diagonal":
+        return Pair(Diagonal(tensors), torch.diag(entries), f"nameless_diagonal{seed}")
+    if kind == "identity":
+        identity = IdentityLinearOperator(list(SHAPES.values()), "cpu", torch.float64)
+        return Pair(identity, torch.eye(5, dtype=torch.float64), "identity")
+    if kind == "curvature":
+        M = symmetric(5, seed)
+        return Pair(MatrixOperator(M, *[named_space(SHAPES)] * 2, is_self_adjoint=True), M, f"curvature{seed}")
+    return _block_diagonal(seed) if kind == "blocks" else _mixed_blocks(seed)
+
+
+def _outputs_leaf(kind: str, seed: int) -> Pair:
+    if kind == "flat diagonal":
+        entries = noise(3, seed=seed)
+        return Pair(Diagonal(entries), torch.diag(entries), f"flat_diagonal{seed}")
+    M = noise(5, 5, seed=seed)
+    rows, columns = [0, 2, 4], [3, 1, 2]
+    whole = MatrixOperator(M, *[named_space(SHAPES)] * 2)
+    return Pair(SubmatrixLinearOperator(whole, rows, columns), M[rows][:, columns], f"submatrix{seed}")
+
+
+@st.composite
+def leaves(draw: st.DrawFn, rows: str, columns: str) -> Pair:
+    """One operator between two of the spaces."""
+    seed = draw(st.integers(0, 9))
+    general = ["dense", "general"]
+    square = {
+        "params": ["named diagonal", "list diagonal", "identity", "curvature", "blocks", "mixed blocks"],
+        "outputs": ["flat diagonal", "submatrix"],
+    }
+    kind = draw(st.sampled_from(general + (square[rows] if rows == columns else [])))
+    if kind not in general:
+        return (_params_leaf if rows == "params" else _outputs_leaf)(kind, seed)
+    is_symmetric = rows == columns and draw(st.booleans())
+    M = symmetric(SIZES[rows], seed) if is_symmetric else noise(SIZES[rows], SIZES[columns], seed=seed)
+    if kind == "dense":
+        return Pair(TensorLinearOperator(M), M, f"dense{seed}")
+    return Pair(MatrixOperator(M, _space(columns), _space(rows), is_symmetric), M, f"general{seed}")
+
+
+SCALARS: list[Callable[[float], object]] = [
+    float,
+    lambda c: round(c) or 1,
+    torch.tensor,
+    lambda c: torch.tensor(round(c) or 1),
+    np.float64,
+    np.float32,
+    lambda c: np.int64(round(c) or 1),
+]
+
+
+@st.composite
+def expressions(draw: st.DrawFn, rows: str, columns: str, depth: int = 3) -> Pair:
+    """A random tree of the algebra from one space to another."""
+    kinds = ["leaf"] if depth == 0 else ["leaf", "add", "subtract", "sum", "scale", "divide", "negate", "adjoint"]
+    if depth:
+        kinds += ["chain", "chain"] + (["damped", "gram"] if rows == columns else [])
+    kind = draw(st.sampled_from(kinds))
+
+    def child(r: str = rows, c: str = columns) -> Pair:
+        return draw(expressions(r, c, depth - 1))
+
+    if kind == "leaf":
+        return draw(leaves(rows, columns))
+    if kind in ("add", "subtract", "sum"):
+        return _combined(kind, [child() for _ in range(3 if kind == "sum" else 2)])
+    if kind in ("scale", "divide"):
+        return _scaled(kind, child(), draw(st.sampled_from([-2.5, -1.0, 0.5, 3.0])), draw(st.sampled_from(SCALARS)))
+    if kind == "chain":
+        middle = draw(st.sampled_from(sorted(SIZES)))
+        a, b = child(rows, middle), child(middle, columns)
+        return Pair(a.operator @ b.operator, a.matrix @ b.matrix, f"({a.text} @ {b.text})")
+    if kind == "gram":
+        middle = draw(st.sampled_from(sorted(SIZES)))
+        a, b = child(middle, columns), child(middle, middle)
+        text = f"gram({a.text}, {b.text})"
+        return Pair(a.operator.T @ b.operator @ a.operator, a.matrix.T @ b.matrix @ a.matrix, text)
+    if kind == "adjoint":
+        a, how = child(columns, rows), draw(st.sampled_from(["H", "T", "adjoint()"]))
+        turned = a.operator.adjoint() if how == "adjoint()" else getattr(a.operator, how)
+        return Pair(turned, a.matrix.T, f"{a.text}.{how}")
+    a = child()
+    if kind == "damped":
+        eye = torch.eye(SIZES[rows], dtype=torch.float64)
+        return Pair(a.operator.damped(0.7), a.matrix + 0.7 * eye, f"{a.text}.damped")
+    return Pair(-a.operator, -a.matrix, f"-{a.text}")
+
+
+def _combined(kind: str, children: Sequence[Pair]) -> Pair:
+    operators, matrices, texts = zip(*[(c.operator, c.matrix, c.text) for c in children], strict=True)
+    if kind == "subtract":
+        return Pair(operators[0] - operators[1], matrices[0] - matrices[1], f"({' - '.join(texts)})")
+    total = sum(operators) if kind == "sum" else operators[0] + operators[1]
+    assert isinstance(total, LinearOperator)
+    return Pair(total, torch.stack(matrices).sum(0), f"{kind}({', '.join(texts)})")
+
+
+def _scaled(kind: str, child: Pair, number: float, form: Callable[[float], object]) -> Pair:
+    scalar = form(number)
+    value = float(scalar)  # type: ignore[arg-type]
+    text = f"{kind}({child.text}, {scalar!r})"
+    if kind == "divide":
+        return Pair(child.operator / scalar, child.matrix / value, text)  # type: ignore[operator]
+    left, right = scalar * child.operator, child.operator * scalar  # type: ignore[operator]
+    assert torch.equal(left.to_dense(), right.to_dense()), text
+    return Pair(left, child.matrix * value, text)

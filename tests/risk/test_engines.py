@@ -1,0 +1,683 @@
+"""Models that are hard to differentiate: equal to reverse mode, or refused by name; never wrong without a word."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from tests.risk.small import (
+    SQUARE,
+    STACKED,
+    Counted,
+    build,
+    classes,
+    inputs,
+    labels,
+    mlp,
+    normal,
+    numbers,
+    relative_error,
+    reverse_ggn,
+    reverse_hessian,
+    reverse_jacobian,
+    vector,
+)
+
+SUM = nn.MSELoss(reduction="sum")
+DATA = numbers((3, 4))
+FORMS = ["module", "callable of X"]
+
+
+def as_form(model: nn.Module, form: str) -> Any:
+    """The model itself, or closed over."""
+    return model if form == "module" else lambda X: model(X)
+
+
+def dense(A: Any, one_by_one: bool) -> Tensor:
+    """The matrix from products with single vectors, or with several at once."""
+    identity = torch.eye(A.shape[1], dtype=A.dtype)
+    return torch.stack([A @ e for e in identity], 1) if one_by_one else A @ identity
+
+
+def truth(kind: str, model: nn.Module, data: Any = DATA) -> Tensor:
+    """The matrix of the summed squared error by reverse mode alone."""
+    params = list(model.parameters())
+    if kind == "Hessian":
+        return reverse_hessian(model, params, data)
+    return (reverse_ggn if kind == "GGN" else reverse_jacobian)(model, params, [X for X, _ in data])
+
+
+def right_or_refused(kind: str, model: nn.Module, refusal: str, data: Any = DATA, form: str = "module") -> set[str]:
+    """Which of the two it was, for products with a vector and with a matrix."""
+    expected, seen = truth(kind, model, data), set()
+    for one_by_one in (True, False):
+        A = build(kind, as_form(model, form), data, SUM, params=list(model.parameters()))
+        try:
+            actual = dense(A, one_by_one)
+        except NotImplementedError as error:
+            assert refusal in str(error), f"refused, but not by name: {error}"
+            seen.add("refused")
+        else:
+            error_ = relative_error(actual, expected)
+            assert error_ < 1e-9, f"{kind} is wrong by {error_:.1e} (one by one: {one_by_one})"
+            seen.add("right")
+    return seen
+
+
+MATRICES = ["Hessian", "GGN", "Jacobian"]
+
+
+class Around(nn.Module):
+    """Two layers with something in between."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.first, self.last = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+        self.middle = middle
+
+    def forward(self, X: Tensor) -> Tensor:
+        """First, middle, last."""
+        f: Tensor = self.last(self.middle(self.first(X)))
+        return f
+
+
+# -- checkpointing ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["Hessian", "GGN", "MC", "EF", "GGNDiagonal", "Jacobian", "TransposedJacobian"])
+@pytest.mark.parametrize("columns", [(), (3,)])
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")
+def test_reentrant_checkpointing_is_refused(kind: str, columns: tuple[int, ...]) -> None:
+    model = Around(lambda X: checkpoint(torch.tanh, X, use_reentrant=True))
+    A = build(kind, model, classes())
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        A @ vector(A, *columns)
+
+
+@pytest.mark.filterwarnings("ignore:.*requires_grad=True:UserWarning")
+def test_reentrant_checkpointing_is_refused_in_gradients() -> None:
+    model = Around(lambda X: checkpoint(torch.tanh, X, use_reentrant=True))
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        build("GGN", model, classes()).gradient_and_loss()
+
+
+class Checkpointed(nn.Module):
+    """Two layers that run again in the backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
+
+    def forward(self, X: Tensor) -> Tensor:
+        """The inner network."""
+        f: Tensor = checkpoint(self.inner, X, use_reentrant=False)
+        return f
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+@pytest.mark.parametrize("form", FORMS)
+def test_other_checkpointing(kind: str, form: str) -> None:
+    assert right_or_refused(kind, Checkpointed(), "nothing", form=form) == {"right"}
+
+
+@pytest.mark.parametrize("kind", [*SQUARE, *STACKED])
+def test_checkpointing_at_foreign_values(kind: str) -> None:
+    """The second forward must meet the values that were passed, not the model's own."""
+    model, other = Checkpointed(), mlp(seed=7)
+    foreign = {f"inner.{n}": p.detach().clone() for n, p in other.named_parameters()}
+    A = build(kind, model, classes(), params=foreign)
+    B = build(kind, other, classes())
+    for columns in ((), (3,)):
+        V = vector(B, *columns)
+        assert relative_error(A @ V, B @ V) < 1e-10
+    if kind in SQUARE:
+        (gradients, loss), (expected, value) = A.gradient_and_loss(), B.gradient_and_loss()
+        assert torch.allclose(loss, value)
+        assert all(torch.allclose(g, e) for g, e in zip(gradients, expected, strict=True))
+
+
+# -- custom functions ---------------------------------------------------------------------------------------------------
+
+
+class Sine(torch.autograd.Function):
+    """The classic form, differentiable any number of times."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sine."""
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """The cosine."""
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+class OnceSine(Sine):
+    """May be differentiated once only."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """The cosine."""
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+class OnceSineWithTangents(OnceSine):
+    """May be differentiated once in reverse mode, and has forward mode."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sine."""
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """The cosine."""
+        (x,) = ctx.saved_tensors
+        return tangents[0] * x.cos()
+
+
+class DetachedSine(Sine):
+    """Its backward hides from autograd that it depends on x."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """The cosine."""
+        (x,) = ctx.saved_tensors
+        return g * x.detach().cos()
+
+
+class KeptSine(Sine):
+    """Keeps what its backward needs as an attribute, which autograd does not follow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sine."""
+        ctx.cosine = x.cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """The cosine."""
+        return g * ctx.cosine
+
+
+class NumpySine(Sine):
+    """Its backward goes through NumPy, so its result depends on nothing that autograd could see."""
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """The cosine."""
+        (x,) = ctx.saved_tensors
+        return torch.from_numpy(g.detach().numpy() * np.cos(x.detach().numpy()))
+
+
+class WrongTangents(Sine):
+    """Reverse mode is right, forward mode is not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """The sine."""
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return x.sin()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+        """Not the cosine."""
+        (x,) = ctx.saved_tensors
+        return tangents[0] * x.sin()
+
+
+def around(function: type[torch.autograd.Function]) -> Around:
+    """A model that calls a custom function."""
+    return Around(lambda X: function.apply(X))  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_classic_functions(kind: str, form: str) -> None:
+    assert right_or_refused(kind, around(Sine), "nothing", form=form) == {"right"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_once_differentiable(kind: str, form: str) -> None:
+    """Refused where it is differentiated twice; a transposed Jacobian does not."""
+    model = around(OnceSine)
+    for columns in ((), (3,)):
+        A = build(kind, as_form(model, form), DATA, SUM, params=list(model.parameters()))
+        with pytest.raises(NotImplementedError, match="OnceSine.*once_differentiable"):
+            A @ vector(A, *columns)
+    if kind == "Jacobian":
+        A = build(kind, as_form(model, form), DATA, params=list(model.parameters()))
+        U = normal(A.shape[0], 3, seed=5)
+        try:
+            result = A.T @ U
+        except NotImplementedError as error:
+            assert "OnceSine" in str(error)
+        else:
+            assert relative_error(result, reverse_jacobian(model, A._params, [X for X, _ in DATA]).T @ U) < 1e-10
+
+
+def test_once_differentiable_with_forward_mode() -> None:
+    model = around(OnceSineWithTangents)
+    expected = reverse_ggn(model, list(model.parameters()), [X for X, _ in DATA])
+    for one_by_one in (True, False):
+        A = build("GGN", model, DATA, SUM)
+        assert relative_error(dense(A, one_by_one), expected) < 1e-10
+    A = build("Hessian", model, DATA, SUM)
+    with pytest.raises(NotImplementedError, match="OnceSineWithTangents.*once_differentiable"):
+        A @ vector(A)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", [DetachedSine, KeptSine, NumpySine])
+@pytest.mark.parametrize("before", ["nothing", "gradient", "left"])
+def test_wrong_double_backward_in_the_hessian(function: type, before: str, form: str) -> None:
+    """Plain reverse mode is wrong, too, so only refusal is right; whatever was asked before."""
+    model = around(function)
+    for columns in ((), (3,)):
+        A = build("Hessian", as_form(model, form), DATA, SUM, params=list(model.parameters()))
+        if before == "gradient":
+            A.gradient_and_loss()
+        with pytest.raises(NotImplementedError, match=function.__name__):
+            (torch.ones(2, A.shape[0]).double() @ A) if before == "left" else (A @ vector(A, *columns))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("function", [DetachedSine, KeptSine, NumpySine, WrongTangents])
+@pytest.mark.parametrize("kind", ["GGN", "Jacobian"])
+@pytest.mark.parametrize("gradient_first", [False, True])
+def test_wrong_double_backward_in_products(kind: str, function: type, gradient_first: bool, form: str) -> None:
+    """The backward is right and linear in the gradient: all is well if autograd can see at least that."""
+    model = around(function)
+    expected = truth(kind, around(Sine))
+    for one_by_one in (True, False):
+        A = build(kind, as_form(model, form), DATA, SUM, params=list(model.parameters()))
+        if gradient_first:
+            A.gradient_and_loss() if kind == "GGN" else A.T @ torch.ones(A.shape[0], dtype=A.dtype)
+        try:
+            actual = dense(A, one_by_one)
+        except NotImplementedError as error:
+            assert function.__name__ in str(error)
+            assert function is NumpySine, "only that one cannot be done"
+        else:
+            assert function is not NumpySine
+            assert relative_error(actual, expected) < 1e-9
+
+
+def test_once_differentiable_after_a_gradient() -> None:
+    model = around(OnceSine)
+    A = build("Hessian", model, DATA, SUM)
+    A.gradient_and_loss()
+    with pytest.raises(NotImplementedError, match="once_differentiable"):
+        A @ vector(A)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+def test_a_wrong_double_backward_with_a_small_part_in_the_whole(size: float) -> None:
+    """The Hessian of some of the parameters is all wrong, however small it is beside that of the others."""
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.large, self.small = mlp(), around(DetachedSine)
+
+        def forward(self, X: Tensor) -> Tensor:
+            f: Tensor = self.large(X) + size * self.small(X)
+            return f
+
+    A = build("Hessian", Two(), DATA, SUM)
+    with pytest.raises(NotImplementedError, match="DetachedSine"):
+        A @ vector(A)
+
+
+# -- no_grad, hooks, straight-through -----------------------------------------------------------------------------------
+
+
+def no_grad_gate(X: Tensor) -> Tensor:
+    """A gate that counts as constant."""
+    with torch.no_grad():
+        gate = X.sigmoid()
+    return X.tanh() * gate
+
+
+def detached_gate(X: Tensor) -> Tensor:
+    """The same by another name."""
+    return X.tanh() * X.detach().sigmoid()
+
+
+def rounded(X: Tensor) -> Tensor:
+    """The straight-through estimator, written with detach()."""
+    return X + (2 * X).round().div(2).sub(X).detach()
+
+
+def scaled_by_hook(X: Tensor) -> Tensor:
+    """A hook that triples the gradient."""
+    Y = X.tanh()
+    if Y.requires_grad:
+        Y.register_hook(lambda g: 3 * g)
+    return Y
+
+
+def reversed_by_hook(X: Tensor) -> Tensor:
+    """Gradient reversal, as in domain-adversarial training."""
+    Y = X * 1.0
+    if Y.requires_grad:
+        Y.register_hook(torch.neg)
+    return Y.tanh()
+
+
+def clipped_by_hook(X: Tensor) -> Tensor:
+    """A hook that is not linear."""
+    Y = X.tanh()
+    if Y.requires_grad:
+        Y.register_hook(lambda g: g.clamp(-0.01, 0.01))
+    return Y
+
+
+class Round(torch.autograd.Function):
+    """The straight-through estimator, written as a function."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """Multiples of one half."""
+        return (2 * x).round() / 2
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """As if it were the identity."""
+        return g
+
+
+MIDDLES = [no_grad_gate, detached_gate, rounded, scaled_by_hook, reversed_by_hook]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("middle", MIDDLES)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_parts_that_are_cut_off(kind: str, middle: Callable[[Tensor], Tensor], form: str) -> None:
+    right_or_refused(kind, Around(middle), "disagree", form=form)
+
+
+@pytest.mark.parametrize("middle", [detached_gate, rounded])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_detach_is_the_same_in_both_modes(kind: str, middle: Callable[[Tensor], Tensor]) -> None:
+    assert right_or_refused(kind, Around(middle), "nothing") == {"right"}
+
+
+@pytest.mark.parametrize("kind", ["GGN", "Jacobian"])
+def test_hooks_that_are_not_linear(kind: str) -> None:
+    """There is no Jacobian then."""
+    A = build(kind, Around(clipped_by_hook), DATA, SUM)
+    with pytest.raises(NotImplementedError, match="disagree"):
+        A @ vector(A)
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_straight_through_as_a_function(kind: str) -> None:
+    right_or_refused(kind, Around(lambda X: Round.apply(X)), "disagree")  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("kind", MATRICES)
+def test_hooks_on_parameters(kind: str) -> None:
+    """A hook of a training script on the parameter itself is not part of the model."""
+    model = mlp()
+    expected = truth(kind, model)
+    model[0].weight.register_hook(lambda g: 0 * g)
+    A = build(kind, model, DATA, SUM)
+    assert relative_error(A.to_dense(), expected) < 1e-9
+
+
+@pytest.mark.parametrize("kind", ["GGNDiagonal", "EFDiagonal"])
+@pytest.mark.parametrize("middle", [torch.tanh, *MIDDLES])
+def test_diagonals_of_parts_that_are_cut_off(kind: str, middle: Callable[[Tensor], Tensor]) -> None:
+    model = Around(middle)
+    J = reverse_jacobian(model, list(model.parameters()), [X for X, _ in DATA]).reshape(7, 3, -1)
+    if kind == "GGNDiagonal":
+        expected = 2 * J.square().sum((0, 1))
+    else:
+        residual = torch.cat([2 * (model(X) - y).detach() for X, y in DATA])
+        expected = torch.einsum("nc,ncd->nd", residual, J).square().sum(0)
+    try:
+        actual = build(kind, model, DATA, SUM).diagonal()
+    except NotImplementedError:
+        return
+    assert relative_error(actual, expected) < 1e-9
+
+
+# -- values, vmap -------------------------------------------------------------------------------------------------------
+
+
+def looks_at_values(X: Tensor) -> Tensor:
+    """Branches on a number."""
+    return X.tanh() if X.abs().max().item() > 1e-3 else X
+
+
+def goes_to_numpy(X: Tensor) -> Tensor:
+    """A constant computed by NumPy."""
+    return X.tanh() * float(np.cos(X.detach().numpy()).mean())
+
+
+def writes_in_place(X: Tensor) -> Tensor:
+    """Fills a tensor of its own row by row, which vmap refuses."""
+    result = torch.zeros(X.shape, dtype=X.dtype)
+    for n in range(len(X)):
+        result[n] = X[n].tanh()
+    return result
+
+
+def shape_of_values(X: Tensor) -> Tensor:
+    """Uses a shape that depends on values."""
+    index = (X.detach() > 0).nonzero()
+    return X.tanh() * (1 + index.shape[0] / 10)
+
+
+HOSTILE = [looks_at_values, goes_to_numpy, writes_in_place, shape_of_values]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("middle", HOSTILE)
+@pytest.mark.parametrize("kind", MATRICES)
+def test_models_that_vmap_cannot_follow(kind: str, middle: Callable[[Tensor], Tensor], form: str) -> None:
+    if middle in (goes_to_numpy, shape_of_values) and form == "callable of X":
+        right_or_refused(kind, Around(middle), "disagree", form=form)  # a detached part
+    else:
+        assert right_or_refused(kind, Around(middle), "nothing", form=form) == {"right"}
+
+
+@pytest.mark.parametrize("middle", HOSTILE)
+@pytest.mark.parametrize("kind", ["GGNDiagonal", "EFDiagonal", "EF", "MC"])
+def test_other_matrices_of_such_models(kind: str, middle: Callable[[Tensor], Tensor]) -> None:
+    """Against the same with one datum a mini-batch and one column at a time, where values are seen likewise."""
+    if middle in (goes_to_numpy, shape_of_values):
+        pytest.skip("its output depends on the rest of the mini-batch")
+    model, plain = Around(middle), Around(torch.tanh)
+    A, B = (build(kind, m, classes((3, 4))) for m in (model, plain))
+    assert relative_error(A @ vector(A, 3), B @ vector(B, 3)) < 1e-10
+
+
+def test_vmap_is_tried_once() -> None:
+    """A model that vmap cannot follow is not asked again at the next product."""
+    model = Counted(Around(looks_at_values))
+    A = build("GGN", model, DATA, SUM, check_deterministic=False)
+    A @ vector(A, 3)
+    model.reset()
+    A @ vector(A, 3)
+    assert len(model.calls) == 2 * (1 + 3)
+
+
+def test_out_of_memory_takes_fewer_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are halved until they fit; vmap is not given up for it."""
+    sizes: list[int] = []
+    real = torch.func.vmap
+
+    def scarce(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        def run(*columns: Tensor) -> Any:
+            sizes.append(len(columns[0]))
+            if len(columns[0]) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(function, *args, **kwargs)(*columns)
+
+        return run
+
+    model = mlp()
+    A, B = (build("MC", model, classes(), **options) for options in ({}, {"chunk_size": 1}))
+    monkeypatch.setattr(torch.func, "vmap", scarce)
+    V = vector(A, 9)
+    assert relative_error(A @ V, B @ V) < 1e-10
+    assert sizes[:3] == [8, 4, 2]
+    assert set(sizes) == {8, 4, 2}
+
+
+def test_out_of_memory_with_one_column() -> None:
+    class Big(nn.Linear):
+        def forward(self, X: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    A = build("GGN", Big(3, 3, dtype=torch.float64), classes(), check_deterministic=False)
+    for columns in ((), (4,)):
+        with pytest.raises(torch.OutOfMemoryError):
+            A @ vector(A, *columns)
+
+
+# -- embeddings, unused parameters --------------------------------------------------------------------------------------
+
+
+class Words(nn.Module):
+    """An embedding with a padding index, summed over the sequence."""
+
+    def __init__(self, function: Callable[..., Tensor], padding_idx: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.embedding = nn.Embedding(5, 3, dtype=torch.float64)
+            self.last = nn.Linear(3, 3, dtype=torch.float64)
+        self.function, self.padding_idx = function, padding_idx
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Embed, squash, sum, predict; the row of the padding is not zero."""
+        f: Tensor = self.last(self.function(X, self.embedding.weight, self.padding_idx).tanh().sum(1))
+        return f
+
+
+def by_function(X: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """``F.embedding``."""
+    return F.embedding(X, weight, padding_idx)
+
+
+def by_torch(X: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """``torch.embedding``, which some libraries call."""
+    return torch.embedding(weight, X, padding_idx % 5)
+
+
+def by_bag(X: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """``F.embedding_bag``, one bag a word."""
+    bags = F.embedding_bag(X.reshape(-1, 1), weight, mode="sum", padding_idx=padding_idx)
+    return bags.reshape(*X.shape, 3)
+
+
+@pytest.mark.parametrize("padding_idx", [0, 3, -1])
+@pytest.mark.parametrize("function", [by_function, by_torch, by_bag])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_padding_index(kind: str, function: Callable[..., Tensor], padding_idx: int) -> None:
+    X = torch.tensor([[1, 0, 2], [3, 4, 4], [0, 0, 1], [4, 3, 2]])
+    data = [(X[:2], normal(2, 3, seed=1)), (X[2:], normal(2, 3, seed=2))]
+    seen = right_or_refused(kind, Words(function, padding_idx), "disagree", data)
+    if function is by_function:
+        assert seen == {"right"}
+
+
+@pytest.mark.parametrize("function", [by_function, by_torch, by_bag])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_padding_index_in_a_later_batch_only(kind: str, function: Callable[..., Tensor]) -> None:
+    """The checks at the first mini-batch see nothing of it."""
+    X = torch.tensor([[1, 4, 2], [3, 4, 4], [0, 0, 1], [4, 3, 0]])
+    data = [(X[:2], normal(2, 3, seed=1)), (X[2:], normal(2, 3, seed=2))]
+    right_or_refused(kind, Words(function, 0), "disagree", data)
+
+
+class Half(nn.Module):
+    """A model that uses half of its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.unused = mlp(), mlp(seed=1)
+
+    def forward(self, X: Tensor) -> Tensor:
+        """The first half."""
+        f: Tensor = self.used(X)
+        return f
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [*SQUARE, "Jacobian"])
+def test_unused_parameters_give_zeros(kind: str, form: str) -> None:
+    model = Half()
+    A = build(kind, as_form(model, form), classes(), params=list(model.parameters()))
+    B = build(kind, model.used, classes())
+    M = dense(A, one_by_one=True)
+    assert relative_error(dense(A, one_by_one=False), M) < 1e-10
+    rows = slice(0, 31) if kind in SQUARE else slice(None)
+    assert relative_error(M[rows, :31], B.to_dense()) < 1e-10
+    assert not M[:, 31:].any()
+    assert kind not in SQUARE or not M[31:].any()
+    if kind in SQUARE:
+        gradients, _ = A.gradient_and_loss()
+        assert [bool(g.any()) for g in gradients] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", [*SQUARE, "Jacobian", "TransposedJacobian"])
+def test_no_parameter_is_used(kind: str, form: str) -> None:
+    model = Half()
+    model.used.requires_grad_(False)
+    A = build(kind, as_form(model, form), classes(), params=list(model.unused.parameters()))
+    with pytest.raises(ValueError, match="does not depend on any of params"):
+        A @ torch.ones(A.shape[1], 2, dtype=A.dtype)
+
+
+def test_an_output_that_is_constant_in_one_batch() -> None:
+    """A mini-batch that does not reach a parameter adds zero for it."""
+
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = mlp(), mlp(seed=1)
+
+        def forward(self, X: Tensor) -> Tensor:
+            f: Tensor = self.one(X[:, :3]) if bool(X[0, 3] > 0) else self.other(X[:, :3])
+            return f
+
+    sign = torch.tensor([1.0, 1, 1, -1, -1, -1, -1], dtype=torch.float64).unsqueeze(1)
+    X = torch.cat([inputs(), sign], 1)
+    model = Experts()
+    for kind in ("Hessian", "GGN", "MC", "EF", "GGNDiagonal", "EFDiagonal"):
+        loss = nn.CrossEntropyLoss(reduction="sum")
+        A = build(kind, model, [(X[:3], labels()[:3]), (X[3:], labels()[3:])], loss).to_dense()
+        if kind == "MC":  # the draws go on from mini-batch to mini-batch
+            assert A[:31, :31].any()
+        else:
+            parts = [build(kind, m, [(X[s, :3], labels()[s])], loss).to_dense() for m, s in experts(model)]
+            assert relative_error(A, torch.block_diag(*parts)) < 1e-10
+        assert not A[:31, 31:].any()
+
+
+def experts(model: Any) -> list[tuple[nn.Module, slice]]:
+    """Which data go where."""
+    return [(model.one, slice(0, 3)), (model.other, slice(3, 7))]
