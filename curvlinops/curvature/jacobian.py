@@ -22,8 +22,8 @@ class JacobianLinearOperator(CurvatureLinearOperator):
     r"""The Jacobian :math:`J = \partial f(X) / \partial\theta` of the stacked predictions of all data.
 
     The codomain is one tensor ``[N, *out]`` with the name ``prediction``; where the predictions of mini-batches differ
-    in their other axes, one tensor a mini-batch (``prediction.0``, ``prediction.1``, ...). Finding its shape takes a forward, at first use. ``J @ J.T`` is the empirical neural tangent
-    kernel.
+    in their other axes, one tensor a mini-batch (``prediction.0``, ``prediction.1``, ...). Finding its shape takes a
+    forward, at first use. ``J @ J.T`` is the empirical neural tangent kernel.
 
     **Cost**: ``J @ v`` a forward with tangents, ``J.T @ u`` a forward and a backward a column.
 

@@ -38,7 +38,6 @@ class Pass:
     denominator: Tensor
     num_data: int = 0
     num_batches: int = 0
-    finite: list[Tensor] = field(default_factory=list)
     disagreements: list[Tensor] = field(default_factory=list)
     error: BaseException | None = None
 
@@ -132,12 +131,13 @@ class EmpiricalRisk:
         while True:
             found = self._local_pass(begin, shapes, step)
             disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
-            found.error = found.error or _not_finite(found, self.name)
             found, disagrees = all_reduced(found, disagrees, self.process_group)
             if found.error is not None:
                 raise found.error
             if not disagrees:
                 self.engine.is_verified = True
+                if not _are_finite(found.sums):
+                    self._raise_not_finite(begin, step)
                 return self._scaled(found)
             if not self.engine.forward_mode:
                 raise NotImplementedError(
@@ -176,14 +176,27 @@ class EmpiricalRisk:
                 f"Mini-batch {batch.index}: expected tensors of shapes {[list(t.shape) for t in found.sums]}, got "
                 f"{[list(t.shape) for t in summands]}."
             )
-        for total, summand in zip(found.sums, summands, strict=True):
-            total.add_(summand)
-        if summands:
-            found.finite.append(torch.stack([t.sum() for t in summands]).isfinite().all())
+        summands = [t.to(s.dtype) for t, s in zip(summands, found.sums, strict=True)]
+        if found.num_batches == 0:
+            found.sums = summands
+        elif summands:
+            torch._foreach_add_(found.sums, summands)
         found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
         found.num_batches += 1
         if self.num_data is not None:
             found.num_data += self.batch_size(batch.X, batch.y)
+
+    def _raise_not_finite(self, begin: Callable[[], BatchSum], step: str) -> None:
+        """Find the mini-batch that is to blame, in a pass of its own: looking at each in every pass would cost time."""
+        advice = "Check the inputs, the loss, the parameters and the vector for NaN, infinity or overflow."
+        with preserved_random_state(self.data, self.device), differentiable(self.model):
+            batch_sum = begin()
+            for batch in self.batches(f"{step}, looking for numbers that are not finite"):
+                if not all(t.isfinite().all() for t in batch_sum(batch.X, batch.y)):
+                    raise FloatingPointError(
+                        f"{self.name}: mini-batch {batch.index} gives numbers that are not finite. {advice}"
+                    )
+        raise FloatingPointError(f"{self.name}: the sum over mini-batches or ranks is not finite. {advice}")
 
     def _scaled(self, found: Pass) -> list[Tensor]:
         if not self._is_mean:
@@ -324,17 +337,8 @@ class EmpiricalRisk:
         return [g.to(dtype) for g in gradients], loss.to(dtype)
 
 
-def _not_finite(found: Pass, name: str) -> BaseException | None:
-    if not found.finite:
-        return None
-    finite = torch.stack(found.finite)
-    if bool(finite.all()):
-        return None
-    index = int((~finite).nonzero()[0])
-    return FloatingPointError(
-        f"{name}: mini-batch {index} gives numbers that are not finite. Check its inputs, the loss, the parameters and "
-        "the vector for NaN, infinity or overflow."
-    )
+def _are_finite(tensors: Sequence[Tensor]) -> bool:
+    return not tensors or bool(torch.nn.utils.get_total_norm(tensors).isfinite())
 
 
 def _check_data(data: Any) -> None:

@@ -88,6 +88,48 @@ def _affine(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     return _dual(primal, tangent)
 
 
+def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """As `_affine`, with the second product added onto the first in one go."""
+    (x, dx), (W, dW), (b, db) = _unpack(input), _unpack(weight), _unpack(bias)
+    assert x is not None and W is not None
+    if dx is None or dW is None:
+        return _affine(func, input, weight, bias)
+    primal: Tensor = func(x, W, b)
+    with torch.no_grad():
+        tangent: Tensor = func(x, dW, db)
+        tangent.view(-1, W.shape[0]).addmm_(dx.reshape(-1, W.shape[1]), W.mT)
+    return _dual(primal, tangent)
+
+
+def _layer_norm(
+    func: Any,
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """Y = z ⊙ w + b with z = (x - mean) / deviation, whose tangent is that of x less its parts along 1 and z."""
+    (x, dx), (w, dw), (b, db) = _unpack(input), _unpack(weight), _unpack(bias)
+    assert x is not None
+    if dx is None and dw is None:
+        return None
+    primal: Tensor = func(x, normalized_shape, w, b, eps)
+    with torch.no_grad():
+        axes = tuple(range(-len(tuple(normalized_shape)), 0))
+        z, _, inverse_deviation = torch.native_layer_norm(x, list(normalized_shape), None, None, eps)
+        tangent = torch.zeros_like(z) if dx is None else dx - dx.mean(axes, keepdim=True)
+        if dx is not None:
+            tangent.addcmul_(z, (z * dx).mean(axes, keepdim=True), value=-1).mul_(inverse_deviation)
+        if w is not None:
+            tangent.mul_(w)
+        if dw is not None:
+            tangent.addcmul_(z, dw.expand_as(z))
+        if db is not None:
+            tangent.add_(db)
+    return _dual(primal, tangent)
+
+
 def _attention(
     func: Any,
     query: Tensor,
@@ -127,7 +169,8 @@ def _attention(
 def _attention_weights(scaled_query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Tensor:
     scores = scaled_query @ key.mT
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        return scores.masked_fill_(future, -torch.inf).softmax(-1)
     if mask is None:
         return scores.softmax(-1)
     if mask.dtype == torch.bool:
@@ -145,9 +188,10 @@ def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 _UNDER_VMAP: Mapping[Any, Callable[..., Any]] = {F.embedding: _embedding}
 _RULES: Mapping[Any, Callable[..., Any]] = {
     F.embedding: _embedding,
-    F.linear: _affine,
+    F.linear: _linear,
     F.conv1d: _affine,
     F.conv2d: _affine,
     F.conv3d: _affine,
+    F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
 }

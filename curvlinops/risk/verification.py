@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from curvlinops.risk.graph import custom_functions
 from curvlinops.risk.linearization import Linearization, SecondOrder
+from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.model import FunctionalModel
 
 
 def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> Tensor:
-    """Whether ⟨U, push V⟩ = ⟨pull U, V⟩ fails in any column, as a boolean tensor; costs no extra product.
+    """Whether ⟨U, push V⟩ = ⟨pull U, V⟩ fails, as a boolean tensor; costs a few inner products.
 
     Args:
         U: What was pulled back ``[*out, K]``.
@@ -23,25 +25,21 @@ def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) ->
         V: Columns of the parameters ``[*shape, K]``.
         R: What `pull` gave for U ``[*shape, K]``.
     """
-    dtype = torch.float64 if U.device.type == "cpu" else torch.float32
-    u, jv = U.flatten(0, -2).to(dtype), JV.flatten(0, -2).to(dtype)
-    pushed = (u * jv).sum(0)
-    parts = [(v.reshape(-1, v.shape[-1]), r.reshape(-1, r.shape[-1])) for v, r in zip(V, R, strict=True)]
-    pulled = _sum_of((v * r).sum(0).to(dtype) for v, r in parts)
-    norms = _sum_of(_squared(v) for v, _ in parts).sqrt() * _sum_of(_squared(r) for _, r in parts).sqrt()
     coarsest = max((V[0].dtype, U.dtype), key=lambda d: torch.finfo(d).eps)
-    rounding = 64 * torch.finfo(coarsest).eps * norms.to(dtype)
-    sizes = (u.square().sum(0) * jv.square().sum(0)).sqrt()
-    return ((pushed - pulled).abs() > tolerance(coarsest, U.device) * sizes + rounding).any()
+    difference = (_inner([U], [JV]) - _inner(V, R)).abs()
+    allowed = tolerance(coarsest, U.device) * get_total_norm([U]) * get_total_norm([JV])
+    rounding = 64 * torch.finfo(coarsest).eps * get_total_norm(list(V)) * get_total_norm(list(R))
+    return difference > allowed + rounding
+
+
+def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
+    pairs = zip(one, other, strict=True)
+    return _sum_of(torch.dot(at_least_float32(a).flatten(), at_least_float32(b).flatten()) for a, b in pairs)
 
 
 def _sum_of(values: Iterator[Tensor]) -> Tensor:
     total: Tensor = torch.stack(list(values)).sum(0)
     return total
-
-
-def _squared(v: Tensor) -> Tensor:
-    return v.float().square().sum(0) if v.dtype in (torch.bfloat16, torch.float16) else v.square().sum(0)
 
 
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
