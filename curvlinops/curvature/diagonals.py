@@ -56,8 +56,12 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         with LinearLayerRecorder(lin.values) as recorder:
             prediction = lin.prediction
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
-        notes = reliable_notes(recorder.notes, prediction, lin.values)
-        return sums_of_squares(self._risk.model, X, lin, notes, list(factor.columns()))
+
+        def squares() -> list[Tensor]:
+            notes = reliable_notes(recorder.notes, prediction, lin.values)
+            return sums_of_squares(self._risk.model, X, lin, notes, list(factor.columns()))
+
+        return self._risk.model.holding(lin.values, squares)
 
     def _diagonal_by_products(self, X: Any, y: Any) -> list[Tensor]:
         """The diagonal from products with all unit vectors: all that is left where the loss has no terms."""

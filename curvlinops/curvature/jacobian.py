@@ -67,6 +67,7 @@ class JacobianLinearOperator(CurvatureLinearOperator):
         if options.get("weight_fn") is not None:
             raise NotImplementedError(f"{type(self).__name__} has no loss to weigh: weight_fn is not supported.")
         self._output_shapes: list[tuple[int, ...]] | None = None
+        self._is_checked = False
         super().__init__(
             model_func,
             None,
@@ -113,23 +114,16 @@ class JacobianLinearOperator(CurvatureLinearOperator):
             parts.clear()
 
             def push(inputs: Any, y: Any) -> list[Tensor]:
-                parts.extend(in_chunks(lambda V: [self._push(inputs, V)], X, self._chunk_size))
+                parts.extend(in_chunks(self._linearize_batch(inputs, y), X, self._chunk_size))
                 return []
 
             return push
 
         risk.total(begin, [], "product with the Jacobian")
+        self._is_checked = True
         if [tuple(p.shape[:-1]) for p in parts] != expected:
             raise ValueError("The predictions changed their shapes between two passes over the data.")
         return [torch.cat(parts)] if len(self.codomain.shapes) == 1 else parts
-
-    def _push(self, X: Any, V: list[Tensor]) -> Tensor:
-        lin, JV = self._risk.push(self._risk.linearize(X), X, V)
-        if self._risk.is_first_batch:
-            self._risk.note_products(JV, JV, V, lin.pull(JV))
-        if not JV.isfinite().all():
-            raise FloatingPointError("JacobianLinearOperator: a mini-batch gives numbers that are not finite.")
-        return JV.to(self.dtype)
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         parts = self._cut(X)
@@ -139,7 +133,18 @@ class JacobianLinearOperator(CurvatureLinearOperator):
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         lin = self._risk.linearize(X)
-        return lambda V: [self._risk.push(lin, X, V)[1]]
+        checking = not self._is_checked
+
+        def product(V: list[Tensor]) -> list[Tensor]:
+            nonlocal lin
+            lin, JV = self._risk.push(lin, X, V)
+            if checking:  # a product needs no pull, so the two are compared in the first pass only
+                self._risk.note_products(JV, JV, V, lin.pull(JV))
+            if not JV.isfinite().all():
+                raise FloatingPointError("the product with the Jacobian is not finite.")
+            return [JV.to(self.dtype)]
+
+        return product
 
 
 def _pulling(operator: JacobianLinearOperator, parts: list[Tensor]) -> BatchSum:

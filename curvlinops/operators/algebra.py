@@ -16,6 +16,8 @@ def add(left: LinearOperator, right: LinearOperator) -> LinearOperator:
     """The sum: a closed form where both have one, else a lazy node."""
     if left.shape != right.shape:
         raise ValueError(f"Cannot add operators of shapes {left.shape} and {right.shape}.")
+    left.domain.join(right.domain, "sum")
+    left.codomain.join(right.codomain, "sum")
     closed = _closed(left, right, "_closed_sum", mirrored=True)
     return closed if closed is not None else Sum([*_terms(left), *_terms(right)])
 
@@ -34,6 +36,7 @@ def chain(left: LinearOperator, right: LinearOperator) -> LinearOperator:
     """The product of two operators: a closed form where both have one, else a lazy node."""
     if left.shape[1] != right.shape[0]:
         raise ValueError(f"Cannot chain operators of shapes {left.shape} and {right.shape}.")
+    left.domain.join(right.codomain, "chain")
     closed = _closed(left, right, "_closed_product", mirrored=False)
     return closed if closed is not None else Chain([*_factors(left), *_factors(right)])
 
@@ -208,6 +211,10 @@ class Chain(_Node):
 
         return Chain([once(factor) for factor in self.factors])
 
+    def adjoint(self) -> LinearOperator:
+        """The chain of the adjoints in reverse, so that Jᵀ A J is recognised where J is a chain itself."""
+        return self if self.SELF_ADJOINT else Chain([factor.H for factor in reversed(self.factors)])
+
 
 def _recut(X: list[Tensor], source: Space, target: Space) -> list[Tensor]:
     return X if source.shapes == target.shapes else target.split(Space.merge(X))
@@ -230,6 +237,8 @@ def _are_adjoint(left: LinearOperator, right: LinearOperator) -> bool:
         return left.operator is right
     if isinstance(right, Adjoint):
         return right.operator is left
+    if getattr(left, "_adjoint_of", None) is right or getattr(right, "_adjoint_of", None) is left:
+        return True
     return left is right and left.SELF_ADJOINT
 
 
@@ -326,8 +335,9 @@ class SubmatrixLinearOperator(_Node):
             col_idxs: Columns to keep, likewise.
         """
         A = self.operator
-        self._rows = _checked_indices(row_idxs, A.shape[0], "row_idxs", A.device)
+        rows = _checked_indices(row_idxs, A.shape[0], "row_idxs", A.device)
         self._cols = _checked_indices(col_idxs, A.shape[1], "col_idxs", A.device)
+        self._rows = rows
         self._domain = Space.flat(len(self._cols), A.dtype, A.device)
         self._codomain = Space.flat(len(self._rows), A.dtype, A.device)
         same = torch.equal(self._rows, self._cols)
@@ -376,7 +386,10 @@ def exact_diagonal(A: LinearOperator) -> Tensor:
     """
     A._require_square("exact_diagonal")
     if hasattr(A, "diagonal"):
-        return A.diagonal()  # type: ignore[no-any-return]
+        try:
+            return A.diagonal()  # type: ignore[no-any-return]
+        except NotImplementedError:
+            pass  # a block without a closed form
     size = A.shape[0]
     chunk = max(1, min(size, 2**26 // max(size, 1)))
     parts, start = [], 0

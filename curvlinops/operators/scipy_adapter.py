@@ -20,7 +20,9 @@ class _ScipyAdapter(ScipyLinearOperator):
     def _from_numpy(self, X: np.ndarray[Any, Any]) -> Tensor:
         if np.iscomplexobj(X):
             raise TypeError("Expected a real array, got a complex one: curvature matrices are real.")
-        return torch.as_tensor(np.ascontiguousarray(X), device=self._operator.device).to(self._operator.dtype)
+        # Read-only arrays are copied, which PyTorch would otherwise warn about.
+        writable = np.require(X, requirements=["C", "W"])
+        return torch.as_tensor(writable, device=self._operator.device).to(self._operator.dtype)
 
     def _to_numpy(self, X: Tensor) -> np.ndarray[Any, Any]:
         plain = X.float() if X.dtype in (torch.bfloat16, torch.float16) else X

@@ -95,7 +95,7 @@ class Space:
     def merge(columns: Sequence[Tensor]) -> Tensor:
         """Glue columns-last tensors ``[*shape, K]`` to ``[D, K]``."""
         num_columns = columns[0].shape[-1]
-        return torch.cat([c.reshape(c.numel() // max(num_columns, 1), num_columns) for c in columns])
+        return torch.cat([c.reshape(prod(c.shape[:-1]), num_columns) for c in columns])
 
     def read(self, M: Any, columns_first: bool = False) -> tuple[list[Tensor], Format]:
         """Bring a vector or matrix in any of the four formats to columns-last tensors.

@@ -58,7 +58,11 @@ class TensorLinearOperator(LinearOperator):
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, which must be positive."""
         self._require_square("logdet")
-        return _checked_logdet(*torch.linalg.slogdet(self._matrix))
+        return _checked_logdet(*self._slogdet()).to(self.dtype)
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        sign, logabsdet = torch.linalg.slogdet(_factorisable(self._matrix))
+        return sign, logabsdet
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
@@ -72,7 +76,8 @@ class TensorLinearOperator(LinearOperator):
             torch.linalg.LinAlgError: If that matrix is singular.
         """
         self._require_square("inverse")
-        inverse = torch.linalg.inv(self._matrix + damping * _eye_like(self._matrix))
+        matrix = _factorisable(self._matrix)
+        inverse = torch.linalg.inv(matrix + damping * _eye_like(matrix)).to(self.dtype)
         return TensorLinearOperator((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
 
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
@@ -112,6 +117,8 @@ class Diagonal(LinearOperator):
             raise ValueError("Expected at least one tensor of diagonal entries, got none.")
         first = tensors[0]
         space = Space(tuple(tuple(t.shape) for t in tensors), first.dtype, first.device, names)
+        for index, tensor in enumerate(tensors):
+            space._check_kind(tensor, space.label(index))
         self._kept_entries: list[Tensor] | None = [t.detach() for t in tensors]
         LinearOperator.__init__(self, space, space)
 
@@ -140,8 +147,11 @@ class Diagonal(LinearOperator):
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, which must be positive."""
+        return _checked_logdet(*self._slogdet())
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
         diagonal = self.diagonal()
-        return _checked_logdet(diagonal.sign().prod(), diagonal.abs().log().sum())
+        return diagonal.sign().prod(), diagonal.abs().log().sum()
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
@@ -188,6 +198,11 @@ class Diagonal(LinearOperator):
         return result
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
+        if isinstance(other, BlockDiagonal):
+            parts = other._matching(self)
+            if parts is None:
+                return None
+            return other._of([d @ block for d, block in zip(parts, other.blocks, strict=True)], self)
         if not isinstance(other, Diagonal):
             return None
         space = self.domain.join(other.domain, "product of diagonals")
@@ -263,7 +278,7 @@ class BlockDiagonal(LinearOperator):
         for number, block in enumerate(self.blocks):
             if not hasattr(block, quantity):
                 raise NotImplementedError(
-                    f"Block {number} ({type(block).__name__}) has no closed form of '{quantity}'."
+                    f"Block {number} ({type(block).__name__}) has no closed form of '{quantity.strip('_')}'."
                 )
         return [getattr(block, quantity)(*args) for block in self.blocks]
 
@@ -277,7 +292,11 @@ class BlockDiagonal(LinearOperator):
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant: the sum over the blocks."""
-        return torch.stack(self._of_blocks("logdet")).sum()
+        return _checked_logdet(*self._slogdet()).to(self.dtype)
+
+    def _slogdet(self) -> tuple[Tensor, Tensor]:
+        signs, logs = zip(*self._of_blocks("_slogdet"), strict=True)
+        return torch.stack(signs).prod(), torch.stack(logs).sum()
 
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
@@ -297,7 +316,15 @@ class BlockDiagonal(LinearOperator):
 
     def adjoint(self) -> LinearOperator:
         """The block-diagonal operator of the adjoints."""
-        return self if self.SELF_ADJOINT else BlockDiagonal([block.H for block in self.blocks])
+        if self.SELF_ADJOINT:
+            return self
+        if self._adjoint_of is None:
+            result = BlockDiagonal([block.H for block in self.blocks])
+            result._adjoint_of = self
+            return result
+        return self._adjoint_of
+
+    _adjoint_of: BlockDiagonal | None = None
 
     def _matching(self, other: LinearOperator) -> Sequence[LinearOperator] | None:
         """The blocks of the other operator, where it is cut as this one is."""
@@ -305,20 +332,32 @@ class BlockDiagonal(LinearOperator):
             same = [b.domain.shapes for b in self.blocks] == [b.domain.shapes for b in other.blocks]
             return other.blocks if same else None
         if isinstance(other, Diagonal):
-            entries = self._parts(other._on(self.domain.join(other.domain, "block-diagonal and diagonal")))
+            space = self.domain.join(other.domain, "block-diagonal and diagonal")
+            if space.shapes != self.domain.shapes:
+                return None
+            entries = self._parts(other._on(space))
             return [other._like(part, block.domain) for part, block in zip(entries, self.blocks, strict=True)]
         return None
 
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
         blocks = self._matching(other)
-        return None if blocks is None else BlockDiagonal([a + b for a, b in zip(self.blocks, blocks, strict=True)])
+        if blocks is None:
+            return None
+        return self._of([a + b for a, b in zip(self.blocks, blocks, strict=True)], other)
+
+    def _of(self, blocks: Sequence[LinearOperator], other: LinearOperator) -> BlockDiagonal:
+        result = BlockDiagonal(blocks)
+        result._domain = result._codomain = self.domain.join(other.domain, "block-diagonal")
+        return result
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
         return BlockDiagonal([factor * block for block in self.blocks])
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
         blocks = self._matching(other)
-        return None if blocks is None else BlockDiagonal([a @ b for a, b in zip(self.blocks, blocks, strict=True)])
+        if blocks is None:
+            return None
+        return self._of([a @ b for a, b in zip(self.blocks, blocks, strict=True)], other)
 
 
 def _concatenated(spaces: Sequence[Space]) -> Space:
@@ -337,6 +376,10 @@ def _concatenated(spaces: Sequence[Space]) -> Space:
 
 def _eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
+
+
+def _factorisable(matrix: Tensor) -> Tensor:
+    return matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
 
 
 def _checked_logdet(sign: Tensor, logabsdet: Tensor) -> Tensor:

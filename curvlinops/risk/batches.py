@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def read_batch(index: int, item: Any, device: torch.device) -> Batch:
 
 def moved(tree: Any, device: torch.device) -> Any:
     """The tensors of a nested tuple, list or mapping on a device; pinned memory is copied asynchronously."""
+    if isinstance(tree, PackedSequence):
+        return tree.to(device=device)  # type: ignore[call-arg]
     return map_tensors(lambda t: _moved(t, device), tree)
 
 
@@ -62,6 +65,8 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
         return function(tree)
     if isinstance(tree, Mapping):
         return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, PackedSequence):
+        return tree  # its tensors make sense together only
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(map_tensors(function, value) for value in tree))
     if isinstance(tree, (tuple, list)):

@@ -14,7 +14,6 @@ from tqdm import tqdm
 from curvlinops.risk.batches import Batch, read_batch, visible_size
 from curvlinops.risk.collective import all_reduced, rank_of
 from curvlinops.risk.linearization import (
-    DoubleBackward,
     Engine,
     Linearization,
     SecondOrder,
@@ -131,20 +130,20 @@ class EmpiricalRisk:
         while True:
             found = self._local_pass(begin, shapes, step)
             disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
-            found, disagrees = all_reduced(found, disagrees, self.process_group)
-            if found.error is not None:
-                raise found.error
-            if not disagrees:
-                self.engine.is_verified = True
-                if not _are_finite(found.sums):
-                    self._raise_not_finite(begin, step)
-                return self._scaled(found)
-            if not self.engine.forward_mode:
-                raise NotImplementedError(
+            if disagrees and not self.engine.forward_mode:
+                found.error = NotImplementedError(
                     "Forward and reverse differentiation of the model disagree in every engine, so no product would "
                     "be right. Is the model random (dropout), or does it look at the values of gradients?"
                 )
-            self.engine = Engine(forward_mode=False)
+            found, repeat = all_reduced(found, disagrees, self.process_group)
+            if found.error is not None:
+                raise found.error
+            if not repeat:
+                if not _are_finite(found.sums):
+                    self._raise_not_finite(begin, step)
+                return self._scaled(found)
+            if disagrees:
+                self.engine = Engine(forward_mode=False)
 
     def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> Pass:
         first = self.model.params[0]
@@ -158,7 +157,10 @@ class EmpiricalRisk:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
                 batch_sum = begin()
                 for batch in self.batches(step):
-                    self._add(found, batch, batch_sum)
+                    try:
+                        self._add(found, batch, batch_sum)
+                    except FloatingPointError as error:
+                        raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
             self.check_num_data(found.num_data)
         except Exception as error:
             # The other ranks wait for this one, so the error travels with the sums.
@@ -176,7 +178,8 @@ class EmpiricalRisk:
                 f"Mini-batch {batch.index}: expected tensors of shapes {[list(t.shape) for t in found.sums]}, got "
                 f"{[list(t.shape) for t in summands]}."
             )
-        summands = [t.to(s.dtype) for t, s in zip(summands, found.sums, strict=True)]
+        # Copied, since the gradient of an identity is the user's own vector.
+        summands = [t.to(s.dtype, copy=found.num_batches == 0) for t, s in zip(summands, found.sums, strict=True)]
         if found.num_batches == 0:
             found.sums = summands
         elif summands:
@@ -273,21 +276,21 @@ class EmpiricalRisk:
 
     def linearize(self, X: Any) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
-        linearization = linearize(self.model, X, self.engine)
-        if isinstance(linearization, DoubleBackward) and not self.engine.is_verified:
-            check_by_difference(self.model, X, linearization)
-            self.engine.is_verified = True
-        return linearization
+        return linearize(self.model, X, self.engine)
 
     def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
         """J V, going over to double backward where the model has no forward mode."""
-        try:
-            return linearization, linearization.push(V)
-        except (RuntimeError, NotImplementedError) as error:
-            if is_out_of_memory(error) or not self.engine.forward_mode:
-                raise
-        self.engine = Engine(forward_mode=False)
-        linearization = self.linearize(X)
+        if self.engine.forward_mode:
+            try:
+                return linearization, linearization.push(V)
+            except (RuntimeError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise
+            self.engine = Engine(forward_mode=False)
+            linearization = self.linearize(X)
+        if "differences" not in self.engine.verified:
+            check_by_difference(self.model, X, linearization)
+            self.engine.verified.add("differences")
         return linearization, linearization.push(V)
 
     def second_order(self, X: Any, y: Any) -> SecondOrder:
@@ -300,18 +303,14 @@ class EmpiricalRisk:
             return [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
 
         second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value())
-        if not self.engine.is_verified:
+        if "Hessian" not in self.engine.verified:
             check_hessian_by_difference(self.model, X, second_order, at)
+            self.engine.verified.add("Hessian")
         return second_order
 
-    @property
-    def is_first_batch(self) -> bool:
-        """Whether the running pass is at its first mini-batch."""
-        return self._pass is not None and self._pass.num_batches == 0
-
     def note_products(self, U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> None:
-        """Compare the two ways through the network on the first mini-batch of a pass, at no further product."""
-        if self.is_first_batch and self._pass is not None:
+        """Compare the two ways through the network, at no further product; the pass looks at the outcome once."""
+        if self._pass is not None:
             self._pass.disagreements.append(disagree(U, JV, V, R))
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
@@ -338,7 +337,10 @@ class EmpiricalRisk:
 
 
 def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    return not tensors or bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+    # One pass over the numbers says that all is well; only large ones, whose squares overflow, take a second.
+    if not tensors or bool(torch.nn.utils.get_total_norm(tensors).isfinite()):
+        return True
+    return all(bool(t.isfinite().all()) for t in tensors)
 
 
 def _check_data(data: Any) -> None:

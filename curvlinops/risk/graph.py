@@ -27,6 +27,12 @@ def custom_functions(prediction: Tensor) -> list[str]:
     return sorted(found - {"CheckpointFunction"})
 
 
+def named(prediction: Tensor) -> str:
+    """The user-written autograd functions behind a tensor, for an error message."""
+    functions = custom_functions(prediction)
+    return f" (custom functions here: {', '.join(functions)})" if functions else ""
+
+
 def refuse_by_name(prediction: Tensor, twice: bool) -> None:
     """Refuse what would give a wrong number or an obscure error.
 

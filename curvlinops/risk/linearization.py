@@ -17,7 +17,7 @@ from backpack.hessianfree.rop import R_op
 from torch import Tensor
 from torch.autograd import forward_ad, grad
 
-from curvlinops.risk.graph import refuse_by_name
+from curvlinops.risk.graph import named, refuse_by_name
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.tangents import TangentRules
 
@@ -33,14 +33,14 @@ class Engine:
         forward_mode: Whether to push by forward mode; otherwise by double backward.
         vmap: Whether several columns may go through the network at once.
         fused: Whether the forward that pushes a single column may also record the graph.
-        is_verified: Whether the checks on the first mini-batch are done.
+        verified: Names of the checks that are done; each is made once.
     """
 
     def __init__(self, forward_mode: bool = True) -> None:
         self.forward_mode = forward_mode
         self.vmap = True
         self.fused = True
-        self.is_verified = False
+        self.verified: set[str] = set()
 
     def give_up_vmap(self, error: Exception) -> None:
         """Go column by column from now on, unless memory was the trouble, which smaller chunks mend."""
@@ -146,7 +146,15 @@ class DoubleBackward(Linearization):
         prediction = self.prediction
 
         def push_one(column: Columns) -> Tensor:
-            return R_op(prediction, self.values, column)[0]  # type: ignore[no-any-return]
+            try:
+                return R_op(prediction, self.values, column)[0]  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise
+                raise NotImplementedError(
+                    f"The model has neither forward mode nor a backward that can be differentiated{named(prediction)}: "
+                    f"{error}"
+                ) from error
 
         columns = [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
         pushed = [self._model.holding(self.values, lambda c=column: push_one(c)) for column in columns]  # type: ignore[misc]
@@ -200,8 +208,10 @@ def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:
             "The prediction does not depend on any of params in a way that autograd can follow: are they used by the "
             "model, outside of no_grad() and detach()?"
         )
-    if not engine.is_verified:
+    check = "twice differentiable" if twice else "differentiable"
+    if check not in engine.verified:
         refuse_by_name(prediction, twice)
+        engine.verified.add(check)
     return prediction
 
 

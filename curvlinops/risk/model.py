@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -104,6 +104,11 @@ class FunctionalModel:
             return []
         kinds = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
         return [f"{type(m).__name__} '{name}'" for name, m in self._inner.named_modules() if _acts(m, kinds)]
+
+    @cached_property
+    def hidden_modules(self) -> list[nn.Module]:
+        """Modules that a callable closes over or is bound to; none where the model is a module itself."""
+        return [] if self.is_module else _modules_used_by(self._inner)
 
     @property
     def has_recurrence(self) -> bool:
@@ -232,6 +237,17 @@ def prediction_of(output: Any) -> Tensor:
     if output.ndim == 0:
         raise ValueError("Expected a prediction with the datum on axis 0, got a scalar: return one row per datum.")
     return output
+
+
+def _modules_used_by(function: Any) -> list[nn.Module]:
+    if isinstance(function, partial):
+        used: list[Any] = [*function.args, *function.keywords.values()]
+        return [*_modules_used_by(function.func), *(m for m in used if isinstance(m, nn.Module))]
+    used = [getattr(function, "__self__", None)]
+    if inspect.isfunction(function):
+        variables = inspect.getclosurevars(function)
+        used += [*variables.nonlocals.values(), *variables.globals.values()]
+    return [m for m in used if isinstance(m, nn.Module)]
 
 
 def _checked_params(params: Any) -> list[Tensor]:

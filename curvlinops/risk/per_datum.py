@@ -99,7 +99,8 @@ def _of_each_datum(
     model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]
 ) -> list[Tensor]:
     num_data = len(columns[0])
-    if all(t.ndim > 0 and len(t) == num_data for t in tensors_of(X)) and not model.is_closure:
+    tensors = list(tensors_of(X))
+    if tensors and all(t.ndim > 0 and len(t) == num_data for t in tensors) and not model.is_closure:
         try:
             return _by_vmap(model, X, linearization, chosen, columns)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:

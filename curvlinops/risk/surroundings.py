@@ -39,6 +39,7 @@ def differentiable(model: FunctionalModel) -> Iterator[None]:
             if model.has_recurrence and device.type == "cuda":
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             stack.enter_context(_requiring_grad(model.params))
+            stack.enter_context(_preserved_buffers(model))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -55,6 +56,19 @@ def _requiring_grad(params: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for p in frozen:
             p.requires_grad_(False)
+
+
+@contextmanager
+def _preserved_buffers(model: FunctionalModel) -> Iterator[None]:
+    """Put back the buffers of modules that a callable uses, which cannot be given copies of them."""
+    buffers = [buffer for module in model.hidden_modules for buffer in module.buffers()]
+    copies = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, kept in zip(buffers, copies, strict=True):
+            if not torch.equal(buffer, kept):
+                buffer.data.copy_(kept)
 
 
 @contextmanager
@@ -85,6 +99,7 @@ def seed_everything(seed: int) -> None:
 
 
 def _generators_of(data: Any) -> list[torch.Generator]:
-    holders = [data, getattr(data, "sampler", None), getattr(data, "batch_sampler", None)]
+    batch_sampler = getattr(data, "batch_sampler", None)
+    holders = [data, getattr(data, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
     found = {id(g): g for g in (getattr(h, "generator", None) for h in holders) if isinstance(g, torch.Generator)}
     return list(found.values())

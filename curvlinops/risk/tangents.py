@@ -70,6 +70,15 @@ def _embedding(
     return _dual(primal, tangent.masked_fill(is_padding, 0.0))
 
 
+def _torch_embedding(
+    func: Any, weight: Tensor, indices: Tensor, padding_idx: int = -1, *args: Any, **kwargs: Any
+) -> Tensor | None:
+    """The function behind `F.embedding`, where -1 stands for no padding."""
+    if padding_idx < 0:
+        return None
+    return _embedding(lambda i, w, p: func(w, i, p, *args, **kwargs), indices, weight, padding_idx)
+
+
 def _affine(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
     """Layers that are linear in the input and affine in (weight, bias): fully connected and convolutional."""
     (x, dx), (W, dW), (b, db) = _unpack(input), _unpack(weight), _unpack(bias)
@@ -92,7 +101,7 @@ def _linear(func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None
     """As `_affine`, with the second product added onto the first in one go."""
     (x, dx), (W, dW), (b, db) = _unpack(input), _unpack(weight), _unpack(bias)
     assert x is not None and W is not None
-    if dx is None or dW is None:
+    if dx is None or dW is None or W.ndim != 2:
         return _affine(func, input, weight, bias)
     primal: Tensor = func(x, W, b)
     with torch.no_grad():
@@ -173,10 +182,9 @@ def _attention_weights(scaled_query: Tensor, key: Tensor, mask: Tensor | None, i
         return scores.masked_fill_(future, -torch.inf).softmax(-1)
     if mask is None:
         return scores.softmax(-1)
-    if mask.dtype == torch.bool:
-        # A query that may look nowhere gets zeros, as in PyTorch's kernels.
-        return scores.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
-    return (scores + mask).softmax(-1)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    # A query that may look nowhere gets zeros, as in PyTorch's kernels.
+    return scores.softmax(-1).masked_fill(scores == -torch.inf, 0.0)
 
 
 def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
@@ -185,9 +193,9 @@ def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one.add_(other)
 
 
-_UNDER_VMAP: Mapping[Any, Callable[..., Any]] = {F.embedding: _embedding}
+_UNDER_VMAP: Mapping[Any, Callable[..., Any]] = {F.embedding: _embedding, torch.embedding: _torch_embedding}
 _RULES: Mapping[Any, Callable[..., Any]] = {
-    F.embedding: _embedding,
+    **_UNDER_VMAP,
     F.linear: _linear,
     F.conv1d: _affine,
     F.conv2d: _affine,

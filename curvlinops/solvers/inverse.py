@@ -112,11 +112,11 @@ class CGInverseLinearOperator(LinearOperator):
             raise ValueError("rtol and tolerance are two spellings of one option: pass one of them.")
         rtol = tolerance if rtol is None else rtol
         default = 1e-8 if self.dtype == torch.float64 else 1e-5
-        self._rtol = default if rtol is None else float(rtol)
-        if not 0 <= self._rtol < 1:
-            raise ValueError(f"rtol: expected a number in [0, 1), got {self._rtol}.")
-        self._max_iter = min(10 * self.shape[0], 1000) if max_iter is None else int(max_iter)
-        if self._max_iter < 1:
+        rtol = default if rtol is None else float(rtol)
+        if not 0 <= rtol < 1:
+            raise ValueError(f"rtol: expected a number in [0, 1), got {rtol}.")
+        most = min(10 * self.shape[0], 1000) if max_iter is None else int(max_iter)
+        if most < 1:
             raise ValueError(f"max_iter: expected at least 1, got {max_iter}.")
         if on_breakdown not in (None, "raise", "stop"):
             raise ValueError(f"on_breakdown: expected 'raise' or 'stop', got {on_breakdown!r}.")
@@ -128,6 +128,7 @@ class CGInverseLinearOperator(LinearOperator):
             raise TypeError(f"preconditioner: expected an operator or a function, got {type(preconditioner).__name__}.")
         if isinstance(preconditioner, LinearOperator) and preconditioner.shape != self.shape:
             raise ValueError(f"preconditioner: expected shape {self.shape}, got {preconditioner.shape}.")
+        self._rtol, self._max_iter = rtol, most
         self._preconditioner = preconditioner
         self._on_breakdown = on_breakdown
         self._x0 = x0

@@ -49,6 +49,10 @@ def conjugate_gradients(
         The solutions ``[D, K]``, and what happened.
     """
     num_columns = B.shape[1]
+    largest = B.abs().amax(0)
+    unit = torch.where((largest > 0) & largest.isfinite(), torch.exp2(largest.log2().round()), 1.0)
+    B = B / unit
+    X = None if X is None else X / unit
     scale = B.norm(dim=0)
     X = torch.zeros_like(B) if X is None else X.clone()
     X[:, scale == 0] = 0
@@ -75,7 +79,7 @@ def conjugate_gradients(
         open_columns = torch.zeros_like(open_columns)
         open_columns[chosen] = may_go_on
     converged = residual <= rtol
-    return X, SolveInfo(iterations, residual, converged, breakdown & ~converged)
+    return X * unit, SolveInfo(iterations, residual, converged, breakdown & ~converged)
 
 
 def _relative(R: Tensor, scale: Tensor) -> Tensor:
@@ -107,7 +111,8 @@ class _Run:
         active = budget > 0
         while bool(active.any()):
             self._step(active.nonzero().squeeze(1))
-            done = self._R.norm(dim=0) <= self._rtol * self._scale
+            floor = max(self._rtol, torch.finfo(self._R.dtype).eps / 16)
+            done = self._R.norm(dim=0) <= floor * self._scale
             active = active & ~done & ~self.breakdown & ~self._stalled & (self.iterations < budget)
 
     def _step(self, k: Tensor) -> None:

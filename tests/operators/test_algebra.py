@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import curvlinops
+import curvlinops.examples
 from curvlinops import BlockDiagonal, Diagonal, IdentityLinearOperator, LinearOperator, Space, TensorLinearOperator
 from tests.operators.operator_pairs import (
     CPU,
@@ -126,6 +126,20 @@ def test_congruence_with_blocks_is_recognised() -> None:
     assert flags(B.T @ curvature(6, is_positive=True) @ B) == (True, True)
 
 
+def test_sums_do_not_write_to_what_their_terms_return() -> None:
+    class Same(MatrixOperator):
+        """The identity, which hands back the tensors that it was given."""
+
+        def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+            return X
+
+    A, v = Same(torch.eye(3).double(), *[Space.flat(3, torch.float64, CPU)] * 2, True), noise(3)
+    before = v.clone()
+    torch.testing.assert_close((A + A) @ v, 2 * before)
+    torch.testing.assert_close(sum([A, A, A]) @ v, 3 * before)  # type: ignore[operator]
+    assert torch.equal(v, before)
+
+
 def test_adjoints_undo_themselves() -> None:
     J, A = jacobian(), curvature()
     assert J.H.H is J
@@ -205,6 +219,8 @@ def test_equal_blocks_are_closed() -> None:
         "with a diagonal": (A + D, M + E),
         "diagonal first": (D + A, M + E),
         "with a flat diagonal": (A + Diagonal(entries), M + E),
+        "times a diagonal": (A @ D, M @ E),
+        "diagonal times": (D @ A, E @ M),
         "adjoint": (A.H, M.T),
     }
     for name, (operator, matrix) in cases.items():
@@ -229,6 +245,15 @@ def test_block_cut_otherwise_than_a_diagonal() -> None:
         assert_close((D @ A).to_dense(), E @ M, f"{shapes}: product from the left")
 
 
+def test_nameless_blocks_adopt_the_names_of_a_diagonal() -> None:
+    A, D = BlockDiagonal([TensorLinearOperator(noise(2, 2)), TensorLinearOperator(noise(1, 1))]), noise(3)
+    named = Diagonal({"w": D[:2], "b": D[2:]})
+    question = {"w": torch.ones(2).double(), "b": torch.ones(1).double()}
+    for combined in (A + named, named + A, A - named, A @ named):
+        assert combined.domain.names == combined.codomain.names == ("w", "b")
+        assert list(combined @ question) == ["w", "b"]
+
+
 def test_flat_spaces_adopt_structure() -> None:
     S, J = curvature(), jacobian()
     for A in (S + TensorLinearOperator(noise(5, 5)), TensorLinearOperator(noise(5, 5)) + S, S.damped(1.0)):
@@ -249,7 +274,5 @@ def test_sum_keeps_the_format_of_its_terms_when_sizes_coincide() -> None:
 
 
 def test_identity_of_curvlinops_is_that_of_examples() -> None:
-    import curvlinops.examples
-
     assert curvlinops.examples.IdentityLinearOperator is curvlinops.IdentityLinearOperator
     assert curvlinops.examples.TensorLinearOperator is curvlinops.TensorLinearOperator

@@ -122,7 +122,7 @@ def test_block(patterns: list[str], chosen: Any, names: list[str], is_symmetric:
     torch.testing.assert_close(block.to_dense(), truth)
     torch.testing.assert_close(block.T.to_dense(), truth.T)
     torch.testing.assert_close(block.frozen().linearize().to_dense(), truth)
-    assert block.SELF_ADJOINT == is_symmetric
+    assert block.SELF_ADJOINT is is_symmetric
     answer = block @ {name: torch.ones(SHAPES[name], dtype=torch.float64) for name in names}
     assert {n: tuple(t.shape) for n, t in answer.items()} == {n: SHAPES[n] for n in names}
 

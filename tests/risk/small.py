@@ -159,7 +159,7 @@ class Failing(nn.Module):
         return result
 
 
-# -- truths by plain reverse mode ---------------------------------------------------------------------------------------
+# -- truths by plain reverse mode --------------------------------------------------------------------------------------
 
 
 def flat_gradient(value: Tensor, params: Sequence[Tensor], **options: Any) -> Tensor:
@@ -167,9 +167,9 @@ def flat_gradient(value: Tensor, params: Sequence[Tensor], **options: Any) -> Te
     if not value.requires_grad:
         return torch.zeros(sum(p.numel() for p in params), dtype=value.dtype)
     gradients = torch.autograd.grad(value, params, allow_unused=True, **options)
-    return torch.cat([
-        (torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, params, strict=True)
-    ])
+    return torch.cat(
+        [(torch.zeros_like(p) if g is None else g).flatten() for g, p in zip(gradients, params, strict=True)]
+    )
 
 
 def reverse_jacobian(forward: Callable[[Any], Tensor], params: Sequence[Tensor], Xs: Sequence[Any]) -> Tensor:
@@ -191,7 +191,7 @@ def reverse_hessian(forward: Callable[[Any], Tensor], params: Sequence[Tensor], 
     return torch.stack([flat_gradient(g, params, retain_graph=True) for g in gradient]).detach()
 
 
-# -- what is the user's -------------------------------------------------------------------------------------------------
+# -- what is the user's ------------------------------------------------------------------------------------------------
 
 
 def snapshot(model: nn.Module, data: Any = None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def product(A: Any) -> Tensor:
     return result
 
 
-# -- parameters ---------------------------------------------------------------------------------------------------------
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["GGN", "Jacobian", "EFDiagonal"])
@@ -75,7 +75,7 @@ def test_name_of_another_parameter() -> None:
 
 def test_not_a_leaf() -> None:
     model = mlp()
-    with pytest.raises(ValueError, match="'0.weight' is not a leaf"):
+    with pytest.raises(ValueError, match=r"'0.weight' is not a leaf"):
         build("GGN", model, classes(), params={"0.weight": model[0].weight * 1.0})
 
 
@@ -137,7 +137,7 @@ def test_parameters_made_in_inference_mode() -> None:
         build("GGN", model, classes())
 
 
-# -- data ---------------------------------------------------------------------------------------------------------------
+# -- data --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,7 +152,7 @@ def test_empty_data(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("one_shot", [iter, lambda data: (item for item in data), enumerate])
 def test_one_shot_iterators(kind: str, one_shot: Callable[..., Any]) -> None:
-    with pytest.raises(TypeError, match="one-shot iterator.*Pass a list or a DataLoader"):
+    with pytest.raises(TypeError, match=r"one-shot iterator.*Pass a list or a DataLoader"):
         build(kind, mlp(), one_shot(classes()), check_deterministic=False)
 
 
@@ -224,7 +224,7 @@ def bags() -> list[Any]:
 def test_invisible_size_with_a_generic_loss(kind: str) -> None:
     model = Bag()
     A = build(kind, model, bags(), huber, check_deterministic=False)
-    with pytest.raises(ValueError, match="cannot be seen.*batch_size_fn"):
+    with pytest.raises(ValueError, match=r"cannot be seen.*batch_size_fn"):
         product(A)
     A = build(kind, model, bags(), huber, batch_size_fn=lambda X: int(X[1].max()) + 1, num_data=3)
     assert relative_error(A.to_dense(), dense_of_bags(model, kind)) < 1e-10
@@ -273,7 +273,7 @@ def test_packed_sequences_keep_their_sizes_on_the_cpu() -> None:
     assert moved.X.batch_sizes.device.type == "cpu"
 
 
-# -- what is multiplied -------------------------------------------------------------------------------------------------
+# -- what is multiplied ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,7 @@ def test_numpy_array(G: Any) -> None:
         G @ torch.zeros(31, dtype=torch.float64).numpy()
 
 
-# -- losses -------------------------------------------------------------------------------------------------------------
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SQUARE)
@@ -464,7 +464,7 @@ def test_all_targets_ignored(kind: str) -> None:
     assert torch.equal(product(A), torch.zeros(31, dtype=torch.float64))
 
 
-# -- numbers that are not finite ----------------------------------------------------------------------------------------
+# -- numbers that are not finite ---------------------------------------------------------------------------------------
 
 
 def spoilt(value: float) -> list[tuple[Tensor, Tensor]]:
@@ -509,7 +509,15 @@ def test_vector_that_is_not_finite(kind: str) -> None:
             A @ v
 
 
-# -- models -------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", KINDS)
+def test_large_numbers_are_finite(kind: str) -> None:
+    """The square of the result would overflow, but not the result."""
+    A = build(kind, mlp(torch.float32), classes(dtype=torch.float32))
+    v = vector(A)
+    assert relative_error((A @ (2.0**80 * v)) / 2.0**80, A @ v) < 1e-5
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
 
 
 class Centered(nn.Module):
@@ -568,7 +576,7 @@ def test_two_arguments_and_a_list() -> None:
         build("GGN", lambda p, X: X, classes(), params=[torch.zeros(2)])
 
 
-# -- options ------------------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -601,7 +609,7 @@ def test_weight_fn_with_a_jacobian(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STACKED)
 def test_process_group_with_a_jacobian(kind: str) -> None:
-    with pytest.raises(NotImplementedError, match="JacobianLinearOperator.*process_group is not supported"):
+    with pytest.raises(NotImplementedError, match=r"JacobianLinearOperator.*process_group is not supported"):
         build(kind, mlp(), classes(), process_group=object())
 
 
@@ -644,7 +652,7 @@ def test_no_gradient_without_a_loss() -> None:
         JacobianLinearOperator(model, list(model.parameters()), classes()).gradient_and_loss()
 
 
-# -- autocast -----------------------------------------------------------------------------------------------------------
+# -- autocast ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)

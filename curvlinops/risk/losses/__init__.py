@@ -21,11 +21,11 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.MSELoss: SquaredError,
     nn.BCEWithLogitsLoss: BCEWithLogits,
 }
-_FUNCTIONS: dict[Any, type[nn.Module]] = {
-    F.cross_entropy: nn.CrossEntropyLoss,
-    F.mse_loss: nn.MSELoss,
-    F.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
-}
+_FUNCTIONS: list[tuple[Any, Callable[[], Callable[[Tensor, Any], Tensor]]]] = [
+    (F.cross_entropy, nn.CrossEntropyLoss),
+    (F.mse_loss, nn.MSELoss),
+    (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
+]
 
 
 def as_loss(loss_func: Callable[[Tensor, Any], Tensor]) -> Loss:
@@ -44,8 +44,9 @@ def as_loss(loss_func: Callable[[Tensor, Any], Tensor]) -> Loss:
         raise NotImplementedError(
             f"{type(loss_func).__name__} has reduction={reduction!r}: only 'mean' and 'sum' are supported."
         )
-    if loss_func in _FUNCTIONS:
-        loss_func = _FUNCTIONS[loss_func]()
+    for function, module in _FUNCTIONS:
+        if loss_func is function:
+            loss_func = module()
     for known, make in _KNOWN.items():
         if isinstance(loss_func, known) and type(loss_func).forward is known.forward:
             return make(loss_func)

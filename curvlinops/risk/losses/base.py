@@ -106,6 +106,13 @@ class Terms(ABC):
         """Would-be gradients s ``[N, T, C, M]`` with E[s sᵀ] = ∇²ℓ_n, from one draw for the whole mini-batch."""
 
 
+def check_probability(p: Tensor) -> Tensor:
+    """Probabilities to draw from, which a prediction that is not finite does not have."""
+    if not p.isfinite().all():
+        raise FloatingPointError("the prediction is not finite, so there is nothing to draw from.")
+    return p
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Half precision becomes float32; the rest stays."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

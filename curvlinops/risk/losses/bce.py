@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from curvlinops.risk.losses.base import Loss, Terms, check_same_shape, per_row
+from curvlinops.risk.losses.base import Loss, Terms, check_probability, check_same_shape, per_row
 from curvlinops.risk.losses.mse import channels_last_axis, elements_of
 
 
@@ -87,6 +87,6 @@ class _BCETerms(Terms):
         return column
 
     def sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
-        p = self._probability().unsqueeze(-1)
+        p = check_probability(self._probability()).unsqueeze(-1)
         labels = torch.bernoulli(p.expand(*p.shape[:-1], num_samples), generator=generator)
         return self._mass.sqrt().unsqueeze(-1) * (p - labels)

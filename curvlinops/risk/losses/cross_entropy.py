@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from curvlinops.risk.losses.base import Loss, Terms, at_least_float32, total_weight
+from curvlinops.risk.losses.base import Loss, Terms, at_least_float32, check_probability, total_weight
 
 
 class CrossEntropy(Loss):
@@ -163,7 +163,7 @@ class _CrossEntropyTerms(Terms):
         return column
 
     def sample_gradients(self, num_samples: int, generator: Generator) -> Tensor:
-        p = self._probability
+        p = check_probability(self._probability)
         num_data, positions, channels = p.shape
         labels = torch.multinomial(p.reshape(-1, channels), num_samples, replacement=True, generator=generator)
         labels = labels.reshape(num_data, positions, 1, num_samples)

@@ -1,0 +1,221 @@
+"""Names, argument orders and defaults that existing scripts rely on, and the documentation of the public names."""
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import curvlinops
+import curvlinops.examples
+
+SEED = 2147483647
+#: The common head of all curvature operators; REQUIRED stands for no default.
+REQUIRED = inspect.Parameter.empty
+HEAD: dict[str, Any] = {
+    "model_func": REQUIRED,
+    "loss_func": REQUIRED,
+    "params": REQUIRED,
+    "data": REQUIRED,
+    "progressbar": False,
+    "check_deterministic": True,
+}
+SIZES: dict[str, Any] = {"num_data": None, "batch_size_fn": None}
+JACOBIAN = {k: v for k, v in (HEAD | SIZES).items() if k != "loss_func"}
+
+CURVATURE: dict[str, dict[str, Any]] = {
+    "HessianLinearOperator": HEAD | SIZES,
+    "EFLinearOperator": HEAD | SIZES,
+    "GGNLinearOperator": HEAD | SIZES | {"mc_samples": 0, "seed": SEED},
+    "FisherMCLinearOperator": HEAD | {"seed": SEED, "mc_samples": 1} | SIZES,
+    "GGNDiagonalLinearOperator": HEAD | SIZES | {"mc_samples": 0, "seed": SEED},
+    "EFDiagonalLinearOperator": HEAD | SIZES,
+    "JacobianLinearOperator": JACOBIAN,
+    "TransposedJacobianLinearOperator": JACOBIAN,
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "CGInverseLinearOperator": {"A": REQUIRED},
+    "SubmatrixLinearOperator": {"A": REQUIRED, "row_idxs": REQUIRED, "col_idxs": REQUIRED},
+    "examples.IdentityLinearOperator": {"shapes": REQUIRED, "device": ..., "dtype": ...},
+    "examples.TensorLinearOperator": {"A": REQUIRED},
+    "examples.OuterProductLinearOperator": {"c": REQUIRED, "A": REQUIRED},
+    "examples.gradient_and_loss": {
+        "model_func": REQUIRED,
+        "loss_func": REQUIRED,
+        "params": REQUIRED,
+        "data": REQUIRED,
+        "batch_size_fn": None,
+        "num_data": None,
+    },
+}
+
+
+def public(name: str) -> Any:
+    found: Any = curvlinops
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+@pytest.mark.parametrize("name", [*CURVATURE, *OTHERS])
+def test_argument_orders_and_defaults(name: str) -> None:
+    """The arguments of the list come first, in its order; whatever follows is by keyword and has a default."""
+    expected = (CURVATURE | OTHERS)[name]
+    parameters = list(inspect.signature(public(name)).parameters.values())
+    assert [p.name for p in parameters[: len(expected)]] == list(expected)
+    for parameter, (argument, default) in zip(parameters, expected.items(), strict=False):
+        assert parameter.kind is parameter.POSITIONAL_OR_KEYWORD, argument
+        assert default is ... or parameter.default == default, argument
+    for parameter in parameters[len(expected) :]:
+        assert parameter.default is not REQUIRED or parameter.kind is parameter.VAR_KEYWORD, parameter.name
+        if name in CURVATURE:
+            assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD), parameter.name
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "expected"),
+    [
+        ("GGNDiagonalLinearOperator", "inverse", {"damping": 0.0}),
+        ("EFDiagonalLinearOperator", "inverse", {"damping": 0.0}),
+        ("Diagonal", "inverse", {"damping": 0.0}),
+        ("BlockDiagonal", "inverse", {"damping": 0.0}),
+        ("TensorLinearOperator", "inverse", {"damping": 0.0}),
+        ("SubmatrixLinearOperator", "set_submatrix", {"row_idxs": REQUIRED, "col_idxs": REQUIRED}),
+        ("LinearOperator", "to_scipy", {"dtype": None}),
+        ("LinearOperator", "adjoint", {}),
+        ("LinearOperator", "to_dense", {}),
+        ("LinearOperator", "damped", {"damping": REQUIRED}),
+        ("LinearOperator", "linearize", {"max_memory": None}),
+        ("LinearOperator", "frozen", {}),
+        ("CurvatureLinearOperator", "_matmat_batch", {"X": REQUIRED, "y": REQUIRED, "M": REQUIRED}),
+        ("CurvatureLinearOperator", "gradient_and_loss", {}),
+        ("exact_diagonal", "", {"A": REQUIRED}),
+        ("exact_trace", "", {"A": REQUIRED}),
+    ],
+)
+def test_methods_and_functions(name: str, method: str, expected: dict[str, Any]) -> None:
+    function = getattr(public(name), method) if method else public(name)
+    parameters = {p.name: p.default for p in inspect.signature(function).parameters.values() if p.name != "self"}
+    assert parameters == expected
+
+
+@pytest.mark.parametrize(
+    "spelling", ["rtol", "tolerance", "max_iter", "preconditioner", "x0", "eps", "max_tridiag_iter"]
+)
+def test_cg_takes_every_spelling(spelling: str) -> None:
+    """They come in by keyword, in the constructor and in the setter."""
+    for function in (curvlinops.CGInverseLinearOperator, curvlinops.CGInverseLinearOperator.set_cg_hyperparameters):
+        assert inspect.signature(function).parameters[spelling].default is None
+
+
+def test_public_names() -> None:
+    names = curvlinops.__all__
+    assert sorted(names) == names and len(set(names)) == len(names)
+    needed = {*CURVATURE, *(n for n in OTHERS if "." not in n), "IdentityLinearOperator", "TensorLinearOperator"}
+    needed |= {
+        "LinearOperator",
+        "CurvatureLinearOperator",
+        "Diagonal",
+        "BlockDiagonal",
+        "exact_diagonal",
+        "exact_trace",
+    }
+    assert needed <= set(names)
+    for name in names:
+        assert not name.startswith("_") and getattr(curvlinops, name) is not None
+    exported: dict[str, Any] = {}
+    exec("from curvlinops import *", exported)
+    assert set(names) <= set(exported)
+    for name in curvlinops.examples.__all__:
+        assert hasattr(curvlinops.examples, name)
+
+
+# -- documentation -----------------------------------------------------------------------------------------------------
+
+DOCUMENTED = [*curvlinops.__all__, *(f"examples.{name}" for name in curvlinops.examples.__all__)]
+
+
+def is_exception(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, BaseException)
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_docstrings(name: str) -> None:
+    """One sentence first; the arguments by name; a doctest."""
+    found = public(name)
+    text = found.__doc__ or ""
+    assert text.strip(), f"{name} has no docstring of its own"
+    first = inspect.cleandoc(text).split("\n\n")[0]
+    assert first.endswith((".", ".`")), f"{name}: the first line is no sentence: {first}"
+    if is_exception(found):
+        return
+    constructor = found.__init__ if inspect.isclass(found) else found
+    for parameter in inspect.signature(constructor).parameters.values():
+        if parameter.name == "self" or parameter.kind is parameter.VAR_POSITIONAL:
+            continue
+        stars = "**" if parameter.kind is parameter.VAR_KEYWORD else ""
+        assert f"{stars}{parameter.name}:" in text, f"{name} does not document {stars}{parameter.name}"
+    if not inspect.isabstract(found) and name != "CurvatureLinearOperator":
+        assert ">>>" in text, f"{name} has no doctest"
+
+
+def public_members(cls: type) -> Iterator[tuple[str, Any]]:
+    for name, member in inspect.getmembers(cls):
+        is_ours = any(name in vars(base) for base in cls.__mro__ if base.__module__.startswith("curvlinops"))
+        if not name.startswith("_") and is_ours and (callable(member) or isinstance(member, property)):
+            yield name, member
+
+
+@pytest.mark.parametrize("name", [n for n in DOCUMENTED if inspect.isclass(public(n)) and not is_exception(public(n))])
+def test_methods_have_docstrings_and_types(name: str) -> None:
+    members = list(public_members(public(name)))
+    assert members
+    for member_name, member in members:
+        assert inspect.getdoc(member), f"{name}.{member_name} has no docstring"
+        function = member.fget if isinstance(member, property) else member
+        signature = inspect.signature(function)
+        assert signature.return_annotation is not REQUIRED, f"{name}.{member_name} has no return type"
+        for parameter in signature.parameters.values():
+            is_typed = parameter.name == "self" or parameter.annotation is not REQUIRED
+            assert is_typed, f"{name}.{member_name}: {parameter.name} has no type"
+
+
+# -- what every curvature operator carries -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(CURVATURE))
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_attributes_of_curvature_operators(name: str, form: str) -> None:
+    model, loss = nn.Linear(3, 2), nn.MSELoss()
+    data = [(torch.ones(4, 3), torch.ones(4, 2))]
+    params: Any = dict(model.named_parameters()) if form == "dict" else list(model.parameters())
+    has_loss = "loss_func" in CURVATURE[name]
+    A = public(name)(model, *([loss] if has_loss else []), params, data, False, True, num_data=4, batch_size_fn=len)
+    assert A._model_func is model
+    assert A._loss_func is (loss if has_loss else None)
+    assert isinstance(A._params, list)
+    assert all(a is b for a, b in zip(A._params, model.parameters(), strict=True))
+    assert isinstance(A, curvlinops.LinearOperator) and isinstance(type(A).SELF_ADJOINT, bool)
+    assert A.shape == {True: (8, 8), False: A.shape}[has_loss]
+    assert A.dtype == torch.float32 and A.device == torch.device("cpu")
+
+
+def test_matmat_batch_is_the_extension_point() -> None:
+    class Threefold(curvlinops.CurvatureLinearOperator):
+        """Three times the identity, whatever the data."""
+
+        SELF_ADJOINT = True
+
+        def _matmat_batch(self, X: Any, y: Any, M: list[Tensor]) -> list[Tensor]:
+            assert torch.is_grad_enabled() and all(p.requires_grad for p in self._params)
+            assert self._loss_func is not None and self._loss_func(self._predict(X), y).ndim == 0
+            return [3 * m for m in M]
+
+    model = nn.Linear(3, 2)
+    data = [(torch.ones(n, 3), torch.ones(n, 2)) for n in (4, 1)]
+    A = Threefold(model, nn.MSELoss(), list(model.parameters()), data)
+    torch.testing.assert_close(A @ torch.eye(8), 3 * torch.eye(8))
+    with pytest.raises(TypeError, match=r"Empty.*_matmat_batch"):
+        type("Empty", (curvlinops.CurvatureLinearOperator,), {})
