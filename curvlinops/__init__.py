@@ -7,10 +7,12 @@ from curvlinops.curvature.ggn import GGNLinearOperator
 from curvlinops.curvature.gradient_moments import EFLinearOperator
 from curvlinops.curvature.hessian import HessianLinearOperator
 from curvlinops.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
-from curvlinops.operators.algebra import SubmatrixLinearOperator, exact_diagonal, exact_trace
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.dense import TensorLinearOperator
+from curvlinops.operators.exact import exact_diagonal, exact_trace
+from curvlinops.operators.parts import SubmatrixLinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.operators.structured import BlockDiagonal, Diagonal, IdentityLinearOperator, TensorLinearOperator
+from curvlinops.operators.structured import BlockDiagonal, Diagonal, IdentityLinearOperator
 from curvlinops.risk.determinism import DeterminismError
 from curvlinops.solvers.inverse import CGInverseLinearOperator, ConvergenceWarning
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.operators.structured import IdentityLinearOperator, TensorLinearOperator
+from curvlinops.operators.structured import IdentityLinearOperator
 from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.losses import as_loss
 from curvlinops.risk.model import FunctionalModel, Parameters

@@ -1,14 +1,13 @@
-"""Sums, scalings, chains, adjoints, blocks and submatrices: small lazy nodes."""
+"""Sums, scalings, chains and adjoints: small lazy nodes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
-from curvlinops.operators.base import LinearOperator, unit_columns
+from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 
 
@@ -90,7 +89,7 @@ def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOpe
     return Reshaped(operator, domain, codomain)
 
 
-class _Node(LinearOperator):
+class Node(LinearOperator):
     """A node over other operators: linearising and freezing pass through it."""
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
@@ -114,7 +113,7 @@ class _Node(LinearOperator):
         return self._rebuilt(lambda operator: operator.frozen())
 
 
-class Sum(_Node):
+class Sum(Node):
     """The sum of operators on one space."""
 
     def __init__(self, terms: Sequence[LinearOperator]) -> None:
@@ -152,7 +151,7 @@ def _accumulate(products: Iterator[list[Tensor]]) -> list[Tensor]:
     return total
 
 
-class Scaled(_Node):
+class Scaled(Node):
     """An operator times a number."""
 
     def __init__(self, operator: LinearOperator, factor: float) -> None:
@@ -172,7 +171,7 @@ class Scaled(_Node):
         return Scaled(change(self.operator), self.factor)
 
 
-class Chain(_Node):
+class Chain(Node):
     """The product of operators, applied from the right."""
 
     def __init__(self, factors: Sequence[LinearOperator]) -> None:
@@ -242,7 +241,7 @@ def _are_adjoint(left: LinearOperator, right: LinearOperator) -> bool:
     return left is right and left.SELF_ADJOINT
 
 
-class Adjoint(_Node):
+class Adjoint(Node):
     """The adjoint of an operator: its two products swapped."""
 
     def __init__(self, operator: LinearOperator) -> None:
@@ -271,146 +270,3 @@ class Adjoint(_Node):
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return change(self.operator).H
-
-
-class Block(_Node):
-    """The diagonal block of some of the tensors of a square operator's space."""
-
-    def __init__(self, operator: LinearOperator, chosen: Sequence[int]) -> None:
-        space = operator.domain.select(chosen)
-        super().__init__(space, space)
-        self.operator = operator
-        self.chosen = list(chosen)
-        self.SELF_ADJOINT = operator.SELF_ADJOINT
-        self.POSITIVE_SEMIDEFINITE = operator.POSITIVE_SEMIDEFINITE
-
-    def _padded(self, X: list[Tensor]) -> list[Tensor]:
-        whole = self.operator.domain
-        inside = dict(zip(self.chosen, X, strict=True))
-        return [
-            inside[i] if i in inside else X[0].new_zeros(*shape, X[0].shape[-1]) for i, shape in enumerate(whole.shapes)
-        ]
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        result = self.operator._matmat(self._padded(X))
-        return [result[i] for i in self.chosen]
-
-    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        result = self.operator._rmatmat(self._padded(X))
-        return [result[i] for i in self.chosen]
-
-    def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
-        return Block(change(self.operator), self.chosen)
-
-
-class SubmatrixLinearOperator(_Node):
-    """The matrix ``A[row_idxs, :][:, col_idxs]`` of an operator, on flat vectors.
-
-    Cost: one product with A each.
-
-    Args:
-        A: The operator.
-        row_idxs: Rows to keep, as flat indices without repetition.
-        col_idxs: Columns to keep, likewise.
-
-    Raises:
-        ValueError: If an index repeats or lies outside of A.
-
-    >>> from curvlinops import TensorLinearOperator
-    >>> A = TensorLinearOperator(torch.arange(9.0).reshape(3, 3))
-    >>> SubmatrixLinearOperator(A, [0, 2], [1]).to_dense().tolist()
-    [[1.0], [7.0]]
-    """
-
-    def __init__(self, A: LinearOperator, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
-        super().__init__(A.domain, A.codomain)
-        self.operator = A
-        self.set_submatrix(row_idxs, col_idxs)
-
-    def set_submatrix(self, row_idxs: Sequence[int], col_idxs: Sequence[int]) -> None:
-        """Choose other rows and columns.
-
-        Args:
-            row_idxs: Rows to keep, as flat indices without repetition.
-            col_idxs: Columns to keep, likewise.
-        """
-        A = self.operator
-        rows = _checked_indices(row_idxs, A.shape[0], "row_idxs", A.device)
-        self._cols = _checked_indices(col_idxs, A.shape[1], "col_idxs", A.device)
-        self._rows = rows
-        self._domain = Space.flat(len(self._cols), A.dtype, A.device)
-        self._codomain = Space.flat(len(self._rows), A.dtype, A.device)
-        same = torch.equal(self._rows, self._cols)
-        self.SELF_ADJOINT = A.SELF_ADJOINT and same
-        self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE and same
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [Space.merge(self.operator._matmat(_scatter(X[0], self._cols, self.operator.domain)))[self._rows]]
-
-    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [Space.merge(self.operator._rmatmat(_scatter(X[0], self._rows, self.operator.codomain)))[self._cols]]
-
-    def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
-        return SubmatrixLinearOperator(change(self.operator), self._rows.tolist(), self._cols.tolist())
-
-
-def _scatter(X: Tensor, indices: Tensor, space: Space) -> list[Tensor]:
-    whole = X.new_zeros(space.numel, X.shape[-1])
-    whole[indices] = X
-    return space.split(whole)
-
-
-def _checked_indices(indices: Sequence[int], size: int, name: str, device: torch.device) -> Tensor:
-    values = [int(i) for i in indices]
-    outside = [i for i in values if not 0 <= i < size]
-    if outside or len(set(values)) != len(values):
-        problem = f"{outside[:5]} lie outside of 0..{size - 1}" if outside else "an index repeats"
-        raise ValueError(f"{name}: {problem}.")
-    return torch.tensor(values, dtype=torch.long, device=device)
-
-
-def exact_diagonal(A: LinearOperator) -> Tensor:
-    """The diagonal of a square operator, by products with all unit vectors, chunked.
-
-    Cost: D products, at most 2²⁶ numbers of unit vectors at once. Closed forms answer at once.
-
-    Args:
-        A: A square operator.
-
-    Returns:
-        The diagonal ``[D]``.
-
-    >>> from curvlinops import TensorLinearOperator
-    >>> exact_diagonal(TensorLinearOperator(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))).tolist()
-    [1.0, 4.0]
-    """
-    A._require_square("exact_diagonal")
-    if hasattr(A, "diagonal"):
-        try:
-            return A.diagonal()  # type: ignore[no-any-return]
-        except NotImplementedError:
-            pass  # a block without a closed form
-    size = A.shape[0]
-    chunk = max(1, min(size, 2**26 // max(size, 1)))
-    parts, start = [], 0
-    for units in unit_columns(A.domain, chunk):
-        stop = start + units.shape[1]
-        parts.append((A @ units)[start:stop].diagonal().clone())
-        start = stop
-    return torch.cat(parts)
-
-
-def exact_trace(A: LinearOperator) -> Tensor:
-    """The trace of a square operator, by products with all unit vectors; see :func:`exact_diagonal`.
-
-    Args:
-        A: A square operator.
-
-    Returns:
-        The trace, a tensor without axes.
-
-    >>> from curvlinops import IdentityLinearOperator
-    >>> exact_trace(IdentityLinearOperator([(2, 3), (4,)], "cpu", torch.float64)).item()
-    10.0
-    """
-    return exact_diagonal(A).sum()

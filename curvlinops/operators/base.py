@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from numbers import Number
 from typing import TYPE_CHECKING, Any
@@ -201,7 +201,7 @@ class LinearOperator(ABC):
         Raises:
             ValueError: If the space has no names, or nothing matches.
         """
-        from curvlinops.operators.algebra import Block
+        from curvlinops.operators.parts import Block
 
         self._require_square("block")
         names = self.domain.names
@@ -214,9 +214,7 @@ class LinearOperator(ABC):
 
     def to_dense(self) -> Tensor:
         """The matrix ``[rows, columns]`` as a tensor, by products with the columns of the identity."""
-        _, num_columns = self.shape
-        chunk = max(1, min(num_columns, _DENSE_CHUNK_NUMEL // max(num_columns, 1)))
-        return torch.cat([self @ units for units in unit_columns(self.domain, chunk)], dim=1)
+        return torch.cat([self @ units for units in unit_columns(self.domain)], dim=1)
 
     def to_scipy(self, dtype: Any = None) -> ScipyLinearOperator:
         """A ``scipy.sparse.linalg.LinearOperator`` that multiplies NumPy arrays.
@@ -252,13 +250,14 @@ def _keywords(cls: type) -> list[str]:
     return known
 
 
-def unit_columns(space: Space, chunk: int, indices: Sequence[int] | None = None) -> Iterator[Tensor]:
-    """Yield columns of the identity ``[D, k]``, at most ``chunk`` at a time."""
-    wanted = range(space.numel) if indices is None else indices
-    for start in range(0, len(wanted), chunk):
-        part = torch.as_tensor(list(wanted[start : start + chunk]), device=space.device)
-        units = torch.zeros(space.numel, len(part), dtype=space.dtype, device=space.device)
-        units[part, torch.arange(len(part), device=space.device)] = 1.0
+def unit_columns(space: Space, chunk: int | None = None) -> Iterator[Tensor]:
+    """Yield the columns of the identity ``[D, k]``, at most ``chunk`` at a time; by default as memory allows."""
+    if chunk is None:
+        chunk = max(1, min(space.numel, _DENSE_CHUNK_NUMEL // max(space.numel, 1)))
+    for start in range(0, space.numel, chunk):
+        rows = torch.arange(start, min(start + chunk, space.numel), device=space.device)
+        units = torch.zeros(space.numel, len(rows), dtype=space.dtype, device=space.device)
+        units[rows, rows - start] = 1.0
         yield units
 
 

@@ -1,4 +1,4 @@
-"""Operators with closed forms: dense, diagonal, block-diagonal."""
+"""Operators with closed forms that keep their structure: diagonal, block-diagonal."""
 
 from __future__ import annotations
 
@@ -10,88 +10,6 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-
-
-class TensorLinearOperator(LinearOperator):
-    """A dense matrix as an operator on flat vectors.
-
-    Cost: O(rows · columns) a product; O(D³) for ``inverse`` and ``logdet``.
-
-    Args:
-        A: The matrix ``[rows, columns]``.
-
-    Raises:
-        ValueError: If A does not have two axes.
-
-    >>> A = TensorLinearOperator(torch.tensor([[2.0, 0.0], [0.0, 4.0]]))
-    >>> (A.inverse(damping=1.0) @ torch.ones(2)).tolist()
-    [0.3333333432674408, 0.20000000298023224]
-    """
-
-    def __init__(self, A: Tensor) -> None:
-        if A.ndim != 2:
-            raise ValueError(f"Expected a matrix, got a tensor of shape {list(A.shape)}.")
-        self._matrix = A.detach()
-        rows, columns = A.shape
-        super().__init__(Space.flat(columns, A.dtype, A.device), Space.flat(rows, A.dtype, A.device))
-        self.SELF_ADJOINT = rows == columns and bool(torch.equal(A, A.T))
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [self._matrix @ X[0]]
-
-    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [self._matrix.T @ X[0]]
-
-    def to_dense(self) -> Tensor:
-        """A copy of the matrix."""
-        return self._matrix.clone()
-
-    def diagonal(self) -> Tensor:
-        """The diagonal ``[D]``."""
-        self._require_square("diagonal")
-        return self._matrix.diagonal().clone()
-
-    def trace(self) -> Tensor:
-        """The trace."""
-        return self.diagonal().sum()
-
-    def logdet(self) -> Tensor:
-        """The logarithm of the determinant, which must be positive."""
-        self._require_square("logdet")
-        return _checked_logdet(*self._slogdet()).to(self.dtype)
-
-    def _slogdet(self) -> tuple[Tensor, Tensor]:
-        sign, logabsdet = torch.linalg.slogdet(_factorisable(self._matrix))
-        return sign, logabsdet
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
-        norm: Tensor = torch.linalg.matrix_norm(self._matrix)
-        return norm
-
-    def inverse(self, damping: float = 0.0) -> TensorLinearOperator:
-        """The operator (A + damping · I)⁻¹.
-
-        Raises:
-            torch.linalg.LinAlgError: If that matrix is singular.
-        """
-        self._require_square("inverse")
-        matrix = _factorisable(self._matrix)
-        inverse = torch.linalg.inv(matrix + damping * _eye_like(matrix)).to(self.dtype)
-        return TensorLinearOperator((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
-
-    def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
-        if isinstance(other, TensorLinearOperator):
-            return TensorLinearOperator(self._matrix + other._matrix)
-        if isinstance(other, Diagonal) and other.domain.is_flat:
-            return TensorLinearOperator(self._matrix + torch.diag(other.diagonal()))
-        return None
-
-    def _closed_scaling(self, factor: float) -> LinearOperator:
-        return TensorLinearOperator(self._matrix * factor)
-
-    def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        return TensorLinearOperator(self._matrix @ other._matrix) if isinstance(other, TensorLinearOperator) else None
 
 
 class Diagonal(LinearOperator):
@@ -147,7 +65,7 @@ class Diagonal(LinearOperator):
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, which must be positive."""
-        return _checked_logdet(*self._slogdet())
+        return checked_logdet(*self._slogdet())
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         diagonal = self.diagonal()
@@ -247,6 +165,7 @@ class BlockDiagonal(LinearOperator):
     Args:
         blocks: Square operators, in the order of the tensors.
 
+    >>> from curvlinops import TensorLinearOperator
     >>> A = BlockDiagonal([TensorLinearOperator(2 * torch.eye(2)), TensorLinearOperator(4 * torch.eye(1))])
     >>> A.inverse().trace().item()
     1.25
@@ -292,7 +211,7 @@ class BlockDiagonal(LinearOperator):
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant: the sum over the blocks."""
-        return _checked_logdet(*self._slogdet()).to(self.dtype)
+        return checked_logdet(*self._slogdet()).to(self.dtype)
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         signs, logs = zip(*self._of_blocks("_slogdet"), strict=True)
@@ -374,15 +293,8 @@ def _concatenated(spaces: Sequence[Space]) -> Space:
     return Space(shapes, first.dtype, first.device, tuple(n for space in spaces for n in space.names or ()))
 
 
-def _eye_like(matrix: Tensor) -> Tensor:
-    return torch.eye(matrix.shape[0], dtype=matrix.dtype, device=matrix.device)
-
-
-def _factorisable(matrix: Tensor) -> Tensor:
-    return matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
-
-
-def _checked_logdet(sign: Tensor, logabsdet: Tensor) -> Tensor:
+def checked_logdet(sign: Tensor, logabsdet: Tensor) -> Tensor:
+    """The logarithm of a determinant, where it exists."""
     if not sign > 0:
         raise ValueError("The determinant is not positive, so its logarithm does not exist. Add damping first.")
     return logabsdet
