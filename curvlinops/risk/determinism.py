@@ -58,7 +58,8 @@ def _checked_pass(risk: EmpiricalRisk) -> list[Tensor]:
             num_data += risk.batch_size(batch.X, batch.y)
         prints.append(_fingerprint(batch.X, batch.y))
     risk.check_num_data(num_data)
-    if coupled and len(prints) > 1 and risk.loss is not None:
+    is_cut = len(prints) > 1 or risk.process_group is not None
+    if coupled and is_cut and risk.loss is not None:
         raise NotImplementedError(
             f"{risk.name}: the loss {risk.loss.name} of mini-batch {coupled[0]} is not the {risk.loss.reduction} over "
             "its data of something that each datum has alone (class weights of a loss that is not known? a contrast "

@@ -133,7 +133,7 @@ class EmpiricalRisk:
             if disagrees and not self.engine.forward_mode:
                 found.error = NotImplementedError(
                     "Forward and reverse differentiation of the model disagree in every engine, so no product would "
-                    "be right. Is the model random (dropout), or does it look at the values of gradients?"
+                    "be right. Does the model use dropout, autocast, or hooks that change gradients?"
                 )
             found, repeat = all_reduced(found, disagrees, self.process_group)
             if found.error is not None:
@@ -286,8 +286,10 @@ class EmpiricalRisk:
             except (RuntimeError, NotImplementedError) as error:
                 if is_out_of_memory(error):
                     raise
-            self.engine = Engine(forward_mode=False)
-            linearization = self.linearize(X)
+            # What was wrong may have been X, which then fails here, and not the engine.
+            linearization = linearize(self.model, X, engine := Engine(forward_mode=False))
+            _ = linearization.prediction
+            self.engine = engine
         if "differences" not in self.engine.verified:
             check_by_difference(self.model, X, linearization)
             self.engine.verified.add("differences")

@@ -17,7 +17,7 @@ from curvlinops.risk.model import FunctionalModel
 
 
 def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> Tensor:
-    """Whether ⟨U, push V⟩ = ⟨pull U, V⟩ fails, as a boolean tensor; costs a few inner products.
+    """Whether ⟨U, push V⟩ = ⟨pull U, V⟩ fails in any column, as a boolean tensor; costs a few inner products.
 
     Args:
         U: What was pulled back ``[*out, K]``.
@@ -27,14 +27,20 @@ def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) ->
     """
     coarsest = max((V[0].dtype, U.dtype), key=lambda d: torch.finfo(d).eps)
     difference = (_inner([U], [JV]) - _inner(V, R)).abs()
-    allowed = tolerance(coarsest, U.device) * get_total_norm([U]) * get_total_norm([JV])
-    rounding = 64 * torch.finfo(coarsest).eps * get_total_norm(list(V)) * get_total_norm(list(R))
-    return difference > allowed + rounding
+    sizes = (_inner([U], [U]) * _inner([JV], [JV])).sqrt()
+    rounding = 64 * torch.finfo(coarsest).eps * (_inner(V, V) * _inner(R, R)).sqrt()
+    return (difference > tolerance(coarsest, U.device) * sizes + rounding).any()
 
 
 def _inner(one: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    pairs = zip(one, other, strict=True)
-    return _sum_of(torch.dot(at_least_float32(a).flatten(), at_least_float32(b).flatten()) for a, b in pairs)
+    """Inner products of the columns ``[K]``."""
+    return _sum_of(_columnwise(at_least_float32(a), at_least_float32(b)) for a, b in zip(one, other, strict=True))
+
+
+def _columnwise(a: Tensor, b: Tensor) -> Tensor:
+    if a.shape[-1] == 1:
+        return torch.dot(a.flatten(), b.flatten()).reshape(1)  # without a product in memory
+    return (a * b).flatten(0, -2).sum(0)
 
 
 def _sum_of(values: Iterator[Tensor]) -> Tensor:
@@ -69,7 +75,8 @@ def check_by_difference(model: FunctionalModel, X: Any, linearization: Lineariza
     if not _matches([pushed], v, model, lambda values: [model(values, X).detach()], linearization.output):
         raise NotImplementedError(
             "Double backward and a central difference of the model disagree, so no product would be right. Look for "
-            "no_grad() or detach() sections, gradient hooks, randomness (dropout), or an autograd function with a "
+            "no_grad() or detach() sections, gradient hooks, autocast or randomness (dropout) inside of the model, or "
+            "an autograd function with a "
             f"backward that cannot be differentiated{named(linearization.prediction)}."
         )
 
