@@ -178,10 +178,12 @@ class EmpiricalRisk:
                 f"Mini-batch {batch.index}: expected tensors of shapes {[list(t.shape) for t in found.sums]}, got "
                 f"{[list(t.shape) for t in summands]}."
             )
-        # Copied, since the gradient of an identity is the user's own vector.
-        summands = [t.to(s.dtype, copy=found.num_batches == 0) for t, s in zip(summands, found.sums, strict=True)]
+        summands = [t.to(s.dtype) for t, s in zip(summands, found.sums, strict=True)]
         if found.num_batches == 0:
             found.sums = summands
+        elif found.num_batches == 1 and summands:
+            # Not in place, since the first summand can be the user's own vector (the gradient of an identity is).
+            found.sums = list(torch._foreach_add(found.sums, summands))
         elif summands:
             torch._foreach_add_(found.sums, summands)
         found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
@@ -203,13 +205,13 @@ class EmpiricalRisk:
 
     def _scaled(self, found: Pass) -> list[Tensor]:
         if not self._is_mean:
-            return found.sums
+            return [t.clone() for t in found.sums] if found.num_batches == 1 else found.sums
         denominator = found.denominator.item()
         if denominator == 0:
             raise ValueError(
                 "The denominator of the mean is zero: every target is ignored or has weight zero, in all mini-batches."
             )
-        return [t.div_(denominator) for t in found.sums]
+        return [t / denominator for t in found.sums]
 
     def check_num_data(self, found: int) -> None:
         """Raise if the data are not as many as was said; shards are not counted together."""

@@ -254,7 +254,7 @@ def in_chunks(product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], 
     start = 0
     while start < num_columns:
         try:
-            part = product([m[..., start : start + size] for m in M])
+            part = product([_column_by_column(m[..., start : start + size]) for m in M])
         except RuntimeError as error:
             if not is_out_of_memory(error) or size == 1:
                 raise
@@ -268,6 +268,11 @@ def in_chunks(product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], 
             r[..., start : start + size] = p
         start += size
     return result if result else product(M)
+
+
+def _column_by_column(columns: Tensor) -> Tensor:
+    """The same tensor ``[*shape, K]``, laid out in memory as the network wants it: one column after the other."""
+    return columns.movedim(-1, 0).contiguous().movedim(0, -1) if columns.shape[-1] > 1 else columns
 
 
 def is_out_of_memory(error: BaseException) -> bool:
