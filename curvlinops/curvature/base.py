@@ -64,6 +64,8 @@ class CurvatureLinearOperator(LinearOperator):
 
     #: Whether the matrix depends on the order of the data.
     _ORDER_MATTERS = False
+    #: Whether products are sums of per-batch products.
+    _STREAMS_PRODUCTS = True
     #: Whether it is a sum over data, so that shards add up.
     _IS_SUM = True
 
@@ -73,6 +75,11 @@ class CurvatureLinearOperator(LinearOperator):
         own = [h for h in hooks if getattr(cls, h) is not getattr(CurvatureLinearOperator, h)]
         if not own:
             raise TypeError(f"{cls.__name__} must implement _matmat_batch(self, X, y, M) to be a curvature operator.")
+        if "_matmat_batch" in vars(cls) and not cls._STREAMS_PRODUCTS:
+            raise TypeError(
+                f"{cls.__name__} implements _matmat_batch, but the products of its base class do not go through it: "
+                "derive from CurvatureLinearOperator."
+            )
 
     def __init__(
         self,
@@ -186,7 +193,9 @@ class CurvatureLinearOperator(LinearOperator):
         denominator = float(self._risk.denominator(X, y))
         if denominator == 0:
             return [torch.zeros_like(m) for m in M]
-        return [denominator * r for r in self._matmat_batch(X, y, M)]
+        columns = M[0].shape[-1] if self._chunk_size is None else self._chunk_size
+        product = in_chunks(lambda part: self._matmat_batch(X, y, part), M, columns)
+        return [denominator * r for r in product]
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """The gradient and the value of the loss over all data, with the matrix's own scale.

@@ -27,6 +27,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
     """The diagonal of c Σ_n J_nᵀ S_n S_nᵀ J_n: computed once, at first use, and frozen from then on."""
 
     POSITIVE_SEMIDEFINITE = True
+    _STREAMS_PRODUCTS = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         CurvatureLinearOperator.__init__(self, *args, **options)
@@ -52,6 +53,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         """The diagonal summed over a mini-batch's data."""
         if self._risk.loss is not None and not self._risk.loss.is_known:
             return self._diagonal_by_products(X, y)
+        self._risk.check_directions(X)
         lin = self._risk.linearize(X)
         with LinearLayerRecorder(lin.values) as recorder:
             prediction = lin.prediction
@@ -59,7 +61,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 
         def squares() -> list[Tensor]:
             notes = reliable_notes(recorder.notes, prediction, lin.values)
-            return sums_of_squares(self._risk.model, X, lin, notes, list(factor.columns()))
+            return sums_of_squares(self._risk.model, X, lin, notes, factor.columns)
 
         return self._risk.model.holding(lin.values, squares)
 

@@ -52,6 +52,7 @@ class JacobianLinearOperator(CurvatureLinearOperator):
 
     _ORDER_MATTERS = True
     _IS_SUM = False
+    _STREAMS_PRODUCTS = False
 
     def __init__(
         self,
@@ -92,10 +93,8 @@ class JacobianLinearOperator(CurvatureLinearOperator):
     def _shapes_of_batches(self) -> list[tuple[int, ...]]:
         if self._output_shapes is None:
             risk = self._risk
-            with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
-                shapes = [
-                    tuple(risk.model(self._params, batch.X).shape) for batch in risk.batches("shapes of predictions")
-                ]
+            with preserved_random_state(risk.data, risk.device), differentiable(risk.model):
+                shapes = [tuple(risk.predict(batch.X).shape) for batch in risk.batches("shapes of predictions")]
             self._output_shapes = shapes
         return self._output_shapes
 
@@ -151,6 +150,7 @@ def _pulling(operator: JacobianLinearOperator, parts: list[Tensor]) -> BatchSum:
     remaining = iter(parts)
 
     def pull(X: Any, y: Any) -> list[Tensor]:
+        operator._risk.check_directions(X)
         lin = operator._risk.linearize(X)
         return in_chunks(lambda U: lin.pull(U[0]), [next(remaining)], operator._chunk_size)
 

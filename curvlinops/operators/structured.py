@@ -223,22 +223,22 @@ class BlockDiagonal(LinearOperator):
 
     def inverse(self, damping: float = 0.0) -> BlockDiagonal:
         """The operator (A + damping · I)⁻¹, block by block."""
-        return BlockDiagonal(self._of_blocks("inverse", damping))
+        return self._rebuilt(self._of_blocks("inverse", damping))
 
     def frozen(self) -> BlockDiagonal:
         """The same operator with frozen blocks."""
-        return BlockDiagonal([block.frozen() for block in self.blocks])
+        return self._rebuilt([block.frozen() for block in self.blocks])
 
     def linearize(self, max_memory: int | None = None) -> BlockDiagonal:
         """The same operator with linearised blocks."""
-        return BlockDiagonal([block.linearize(max_memory) for block in self.blocks])
+        return self._rebuilt([block.linearize(max_memory) for block in self.blocks])
 
     def adjoint(self) -> LinearOperator:
         """The block-diagonal operator of the adjoints."""
         if self.SELF_ADJOINT:
             return self
         if self._adjoint_of is None:
-            result = BlockDiagonal([block.H for block in self.blocks])
+            result = self._rebuilt([block.H for block in self.blocks])
             result._adjoint_of = self
             return result
         return self._adjoint_of
@@ -265,12 +265,16 @@ class BlockDiagonal(LinearOperator):
         return self._of([a + b for a, b in zip(self.blocks, blocks, strict=True)], other)
 
     def _of(self, blocks: Sequence[LinearOperator], other: LinearOperator) -> BlockDiagonal:
+        return self._rebuilt(blocks, self.domain.join(other.domain, "block-diagonal"))
+
+    def _rebuilt(self, blocks: Sequence[LinearOperator], space: Space | None = None) -> BlockDiagonal:
+        """Other blocks on the same space."""
         result = BlockDiagonal(blocks)
-        result._domain = result._codomain = self.domain.join(other.domain, "block-diagonal")
+        result._domain = result._codomain = self.domain if space is None else space
         return result
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
-        return BlockDiagonal([factor * block for block in self.blocks])
+        return self._rebuilt([factor * block for block in self.blocks])
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
         blocks = self._matching(other)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,6 +47,8 @@ def moved(tree: Any, device: torch.device) -> Any:
     """The tensors of a nested tuple, list or mapping on a device; pinned memory is copied asynchronously."""
     if isinstance(tree, PackedSequence):
         return tree.to(device=device)  # type: ignore[call-arg]
+    if all(t.device == device and not t.is_inference() for t in tensors_of(tree)):
+        return tree  # as the loader gave it
     return map_tensors(lambda t: _moved(t, device), tree)
 
 
@@ -64,7 +67,7 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: map_tensors(function, value) for key, value in tree.items()}
+        return _like_mapping(tree, {key: map_tensors(function, value) for key, value in tree.items()})
     if isinstance(tree, PackedSequence):
         return tree  # its tensors make sense together only
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
@@ -74,11 +77,26 @@ def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     return tree
 
 
+def _like_mapping(tree: Mapping[Any, Any], items: dict[Any, Any]) -> Mapping[Any, Any]:
+    """The items in a mapping of the same kind, since models can read more from it than its items."""
+    if type(tree) is dict or not isinstance(tree, MutableMapping):
+        return items
+    result = copy.copy(tree)
+    result.update(items)
+    return result
+
+
 def tensors_of(tree: Any) -> Iterator[Tensor]:
     """The tensors of a nested tuple, list or mapping."""
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     return iter(found)
+
+
+def has_rows(tree: Any, size: int) -> bool:
+    """Whether there are tensors, and all of them have the datum on their first axis as far as can be seen."""
+    tensors = list(tensors_of(tree))
+    return bool(tensors) and all(t.ndim > 0 and len(t) == size for t in tensors)
 
 
 def visible_size(X: Any, y: Any) -> int | None:

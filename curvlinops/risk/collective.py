@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from curvlinops.risk.empirical_risk import Pass
 
 
+#: Counts travel as two digits in this base, since float32 does not hold large ones exactly.
+_BASE = 2**12
+
+
 def rank_of(process_group: ProcessGroup | None) -> int:
     """Number of this process in the group; 0 without one."""
     return 0 if process_group is None else dist.get_rank(process_group)
@@ -31,12 +35,14 @@ def all_reduced(found: Pass, disagrees: bool, process_group: ProcessGroup | None
     # A count can exceed what float32 holds exactly, hence two numbers.
     high = found.denominator.to(first.dtype)
     low = (found.denominator - high.double()).to(first.dtype)
-    flags = torch.tensor([float(found.error is not None), float(disagrees)], dtype=first.dtype, device=first.device)
-    packed = torch.cat([*(t.flatten() for t in found.sums), high.reshape(1), low.reshape(1), flags])
+    counts = [*divmod(found.num_data, _BASE), found.error is not None, disagrees]
+    numbers = torch.tensor([float(c) for c in counts], dtype=first.dtype, device=first.device)
+    packed = torch.cat([*(t.flatten() for t in found.sums), high.reshape(1), low.reshape(1), numbers])
     if found.error is not None:
         packed[:-2] = 0
     dist.all_reduce(packed, group=process_group)
-    *parts, denominator, flags = torch.split(packed, [*(t.numel() for t in found.sums), 2, 2])
+    *parts, denominator, num_data, flags = torch.split(packed, [*(t.numel() for t in found.sums), 2, 2, 2])
+    found.num_data = int(num_data[0]) * _BASE + int(num_data[1])
     found.sums = [part.reshape(t.shape) for part, t in zip(parts, found.sums, strict=True)]
     found.denominator = denominator.double().sum()
     if flags[0] > 0 and found.error is None:

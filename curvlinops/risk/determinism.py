@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.risk.batches import Batch, map_tensors, tensors_of
+from curvlinops.risk.batches import Batch, has_rows, map_tensors, tensors_of
 from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.surroundings import differentiable, preserved_random_state, seed_everything
 
@@ -35,7 +35,7 @@ def check_deterministic(risk: EmpiricalRisk, order_matters: bool) -> None:
         FloatingPointError: If a prediction or loss is not finite.
         NotImplementedError: If the loss is neither a sum nor a mean over data.
     """
-    with preserved_random_state(risk.data, risk.device), differentiable(risk.model), torch.no_grad():
+    with preserved_random_state(risk.data, risk.device), differentiable(risk.model):
         seed_everything(_SEEDS[0])
         first = _checked_pass(risk)
         seed_everything(_SEEDS[1])
@@ -57,7 +57,8 @@ def _checked_pass(risk: EmpiricalRisk) -> list[Tensor]:
         if risk.num_data is not None:
             num_data += risk.batch_size(batch.X, batch.y)
         prints.append(_fingerprint(batch.X, batch.y))
-    risk.check_num_data(num_data)
+    if risk.process_group is None:
+        risk.check_num_data(num_data)
     is_cut = len(prints) > 1 or risk.process_group is not None
     if coupled and is_cut and risk.loss is not None:
         raise NotImplementedError(
@@ -72,7 +73,7 @@ def _checked_pass(risk: EmpiricalRisk) -> list[Tensor]:
 def _checked_predictions(risk: EmpiricalRisk, batch: Batch) -> tuple[Tensor, list[Tensor] | None]:
     """The prediction of a mini-batch, and of its halves where X can be cut."""
     seed_everything(_SEEDS[0] + batch.index)
-    whole = risk.model(risk.model.params, batch.X)
+    whole = risk.predict(batch.X)
     if not whole.isfinite().all():
         raise FloatingPointError(f"{risk.name}: the prediction of mini-batch {batch.index} is not finite.")
     seed_everything(_SEEDS[1] + batch.index)
@@ -94,12 +95,12 @@ def _checked_predictions(risk: EmpiricalRisk, batch: Batch) -> tuple[Tensor, lis
 
 def _on_halves(risk: EmpiricalRisk, X: Any, whole: Tensor) -> list[Tensor] | None:
     """The predictions of two halves; ``None`` where X cannot be cut along the datum axis."""
-    if len(whole) < 2 or not _has_rows(X, len(whole)):
+    if len(whole) < 2 or not has_rows(X, len(whole)):
         return None
     try:
-        predictions = [risk.model(risk.model.params, part) for part in _halved(X, len(whole))]
-    except (RuntimeError, ValueError, IndexError):
-        return None
+        predictions = [risk.predict(part) for part in _halved(X, len(whole))]
+    except Exception:
+        return None  # what goes wrong with a half says nothing about the whole
     if sum(len(p) for p in predictions) != len(whole) or predictions[0].shape[1:] != whole.shape[1:]:
         return None
     return predictions
@@ -107,19 +108,14 @@ def _on_halves(risk: EmpiricalRisk, X: Any, whole: Tensor) -> list[Tensor] | Non
 
 def _with_company(risk: EmpiricalRisk, X: Any, whole: Tensor) -> Tensor:
     """The prediction with the first datum once more at the end, where halves are too small for the model."""
-    if len(whole) and _has_rows(X, len(whole)):
+    if len(whole) and has_rows(X, len(whole)):
         try:
-            longer = risk.model(risk.model.params, map_tensors(lambda t: torch.cat([t, t[:1]]), X))
-        except (RuntimeError, ValueError, IndexError):
+            longer = risk.predict(map_tensors(lambda t: torch.cat([t, t[:1]]), X))
+        except Exception:
             longer = whole
         if longer.shape[1:] == whole.shape[1:] and len(longer) == len(whole) + 1:
             return longer[:-1]
-    return risk.model(risk.model.params, X)
-
-
-def _has_rows(tree: Any, size: int) -> bool:
-    tensors = list(tensors_of(tree))
-    return bool(tensors) and all(t.ndim > 0 and len(t) == size for t in tensors)
+    return risk.predict(X)
 
 
 def _halved(tree: Any, size: int) -> list[Any]:
@@ -131,10 +127,10 @@ def _loss_is_sum(risk: EmpiricalRisk, batch: Batch, whole: Tensor, halves: list[
     """Whether the mini-batch's loss is finite and, for a loss whose terms are unknown, that of its halves together."""
     if risk.loss is None:
         return True
-    value = risk.terms(whole, batch.X, batch.y).value()
+    value = risk.terms(whole, batch.X, batch.y).value().detach()
     if not value.isfinite():
         raise FloatingPointError(f"{risk.name}: the loss of mini-batch {batch.index} is not finite.")
-    if risk.loss.is_known or halves is None or not _has_rows(batch.y, len(whole)):
+    if risk.loss.is_known or halves is None or not has_rows(batch.y, len(whole)):
         return True
     parts = zip(halves, _halved(batch.y, len(whole)), strict=True)
     total = sum(risk.loss.terms(prediction, y, None).value() for prediction, y in parts)

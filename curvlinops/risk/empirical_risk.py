@@ -16,6 +16,7 @@ from curvlinops.risk.collective import all_reduced, rank_of
 from curvlinops.risk.linearization import (
     Engine,
     Linearization,
+    NoPushError,
     SecondOrder,
     is_out_of_memory,
     linearize,
@@ -139,6 +140,7 @@ class EmpiricalRisk:
             if found.error is not None:
                 raise found.error
             if not repeat:
+                self.check_num_data(found.num_data)
                 if not _are_finite(found.sums):
                     self._raise_not_finite(begin, step)
                 return self._scaled(found)
@@ -161,7 +163,6 @@ class EmpiricalRisk:
                         self._add(found, batch, batch_sum)
                     except FloatingPointError as error:
                         raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
-            self.check_num_data(found.num_data)
         except Exception as error:
             # The other ranks wait for this one, so the error travels with the sums.
             if self.process_group is None:
@@ -214,8 +215,8 @@ class EmpiricalRisk:
         return [t / denominator for t in found.sums]
 
     def check_num_data(self, found: int) -> None:
-        """Raise if the data are not as many as was said; shards are not counted together."""
-        if self.num_data is not None and self.process_group is None and found != self.num_data:
+        """Raise if the data of all ranks are not as many as was said."""
+        if self.num_data is not None and found != self.num_data:
             raise ValueError(f"num_data={self.num_data}, but the mini-batches hold {found} data.")
 
     # ------------------------------------------------------------------- scale
@@ -276,6 +277,42 @@ class EmpiricalRisk:
             )
         return self.loss.terms(prediction, y, weight)
 
+    def predict(self, X: Any) -> Tensor:
+        """The prediction without its graph."""
+        params = [p.detach() for p in self.model.params]
+        try:
+            with torch.no_grad():
+                return self.model(params, X).detach()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+        # Some models differentiate inside of their forward.
+        with torch.enable_grad():
+            return self.model(self.model.leaves(), X).detach()
+
+    def check_directions(self, X: Any) -> None:
+        """Once: the two directions through the network agree, for what uses only one of them.
+
+        Cost: about a product, at one mini-batch.
+
+        Raises:
+            NotImplementedError: If they differ in every engine.
+        """
+        if "directions" in self.engine.verified:
+            return
+        generator = torch.Generator(self.device).manual_seed(0)
+        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
+        with preserved_random_state(None, self.device):
+            try:
+                lin, JV = self.push(self.linearize(X), X, V)
+            except NoPushError:
+                return  # nothing to compare with
+            if self.engine.forward_mode and bool(disagree(JV, JV, V, lin.pull(JV))):
+                self.engine = Engine(forward_mode=False)
+                check_by_difference(self.model, X, self.linearize(X))
+                self.engine.verified.add("differences")
+        self.engine.verified.add("directions")
+
     def linearize(self, X: Any) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
         return linearize(self.model, X, self.engine)
@@ -306,6 +343,7 @@ class EmpiricalRisk:
             gradients = torch.autograd.grad(value, list(values), allow_unused=True)
             return [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
 
+        self.check_directions(X)
         second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value())
         if "Hessian" not in self.engine.verified:
             check_hessian_by_difference(self.model, X, second_order, at)

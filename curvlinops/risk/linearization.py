@@ -49,6 +49,10 @@ class Engine:
         self.vmap = False
 
 
+class NoPushError(NotImplementedError):
+    """A model that no engine can push through; pulling may still work."""
+
+
 class Linearization(ABC):
     """The Jacobian of the model at one mini-batch, as two products.
 
@@ -151,7 +155,7 @@ class DoubleBackward(Linearization):
             except RuntimeError as error:
                 if is_out_of_memory(error):
                     raise
-                raise NotImplementedError(
+                raise NoPushError(
                     f"The model has neither forward mode nor a backward that can be differentiated{named(prediction)}: "
                     f"{error}"
                 ) from error

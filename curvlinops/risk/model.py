@@ -113,7 +113,8 @@ class FunctionalModel:
     @property
     def has_recurrence(self) -> bool:
         """Whether a layer is recurrent; the fused GPU kernels of these cannot be differentiated twice."""
-        return self.is_module and any(isinstance(m, nn.RNNBase) for m in self._inner.modules())
+        modules = [self._inner] if self.is_module else self.hidden_modules
+        return any(isinstance(m, nn.RNNBase) for module in modules for m in module.modules())
 
     def frozen(self) -> FunctionalModel:
         """The same model at copies of its parameters and buffers.
@@ -127,6 +128,7 @@ class FunctionalModel:
                 "model(params, X) with params as a dict."
             )
         if self.takes_params:
+            self._refuse_hidden_tensors()
             copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.params]
             return FunctionalModel(self.model_func, dict(zip(self._names_given or (), copies, strict=True)))
         inner = copy.deepcopy(self._inner)
@@ -137,6 +139,19 @@ class FunctionalModel:
             copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.params]
         params = copies if self._names_given is None else dict(zip(self._names_given, copies, strict=True))
         return FunctionalModel(inner, params)
+
+    def _refuse_hidden_tensors(self) -> None:
+        """Refuse to freeze a callable that reads buffers or parameters which are not passed to it."""
+        for module in self.hidden_modules:
+            passed = set(self._names_given or ())
+            hidden = [n for n, _ in module.named_buffers()] + [
+                n for n, _ in module.named_parameters() if n not in passed
+            ]
+            if hidden:
+                raise NotImplementedError(
+                    f"The callable uses a module with tensors that are not in params ({', '.join(hidden[:4])}), so a "
+                    "frozen copy would still follow them: pass the module itself as model."
+                )
 
     # ------------------------------------------------------------------- checking
 
@@ -239,15 +254,28 @@ def prediction_of(output: Any) -> Tensor:
     return output
 
 
-def _modules_used_by(function: Any) -> list[nn.Module]:
-    if isinstance(function, partial):
-        used: list[Any] = [*function.args, *function.keywords.values()]
-        return [*_modules_used_by(function.func), *(m for m in used if isinstance(m, nn.Module))]
-    used = [getattr(function, "__self__", None)]
-    if inspect.isfunction(function):
-        variables = inspect.getclosurevars(function)
-        used += [*variables.nonlocals.values(), *variables.globals.values()]
-    return [m for m in used if isinstance(m, nn.Module)]
+def _modules_used_by(holder: Any, depth: int = 3) -> list[nn.Module]:
+    """Modules that a callable, or an object or container that it uses, holds."""
+    if isinstance(holder, nn.Module):
+        return [holder]
+    if depth == 0:
+        return []
+    held: list[Any] = []
+    if isinstance(holder, partial):
+        held = [holder.func, *holder.args, *holder.keywords.values()]
+    elif inspect.ismethod(holder):
+        held = [holder.__self__, holder.__func__]
+    elif inspect.isfunction(holder):
+        variables = inspect.getclosurevars(holder)
+        held = [*variables.nonlocals.values(), *variables.globals.values()]
+    elif isinstance(holder, Mapping):
+        held = list(holder.values())
+    elif isinstance(holder, (list, tuple)):
+        held = list(holder)
+    elif hasattr(holder, "__dict__") and not inspect.ismodule(holder) and not inspect.isclass(holder):
+        held = list(vars(holder).values())
+    found = [module for item in held for module in _modules_used_by(item, depth - 1)]
+    return list({id(module): module for module in found}.values())
 
 
 def _checked_params(params: Any) -> list[Tensor]:

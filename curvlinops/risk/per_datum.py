@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import vjp, vmap
 
-from curvlinops.risk.batches import map_tensors, tensors_of
+from curvlinops.risk.batches import has_rows, map_tensors
 from curvlinops.risk.layers.recorder import LinearNote, output_gradients
 from curvlinops.risk.linearization import Linearization, is_out_of_memory
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.model import FunctionalModel
-from curvlinops.risk.verification import tolerance
+from curvlinops.risk.verification import coarsest_dtype, tolerance
+
+#: Yields the columns of a loss factor.
+Columns = Callable[[], Iterator[Tensor]]
 
 #: Numbers that per-datum gradients may take up at a time.
 _CHUNK_NUMEL = 2**26
@@ -25,7 +29,7 @@ def sums_of_squares(
     X: Any,
     linearization: Linearization,
     notes: Sequence[LinearNote],
-    columns: Sequence[Tensor],
+    columns: Columns,
 ) -> list[Tensor]:
     r"""The diagonal :math:`\sum_n \sum_r (J_n^\top s_{nr})^2` of one mini-batch.
 
@@ -38,12 +42,12 @@ def sums_of_squares(
         X: Inputs of the mini-batch.
         linearization: The model at these inputs.
         notes: Notes of linear layers in the linearisation's graph.
-        columns: Columns of the loss factor in the prediction's shape ``[N, *out]``, one of each datum at a time.
+        columns: Gives the columns of the loss factor in the prediction's shape ``[N, *out]``, one of each datum at a
+            time; called anew for each pass over them.
 
     Returns:
         A tensor for each parameter, in its shape.
     """
-    columns = [column.to(linearization.output.dtype) for column in columns]
     squares = _from_notes(linearization, notes, columns)
     rest = [i for i in range(len(linearization.values)) if i not in squares]
     if rest:
@@ -59,14 +63,12 @@ def _zeros(value: Tensor) -> Tensor:
 # ------------------------------------------------------------------- from notes
 
 
-def _from_notes(
-    linearization: Linearization, notes: Sequence[LinearNote], columns: Sequence[Tensor]
-) -> dict[int, Tensor]:
+def _from_notes(linearization: Linearization, notes: Sequence[LinearNote], columns: Columns) -> dict[int, Tensor]:
     squares = {i: _zeros(linearization.values[i]) for note in notes for i in note.parameters}
     rows = [torch.zeros(()) for _ in notes]
     if not notes:
         return squares
-    for column in columns:
+    for column in columns():
         gradients = output_gradients(notes, linearization.prediction, column)
         for k, g in enumerate(map(at_least_float32, gradients)):
             if g.ndim == 2:
@@ -96,11 +98,9 @@ def _add_squares_over_positions(note: LinearNote, g: Tensor, squares: dict[int, 
 
 
 def _of_each_datum(
-    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]
+    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Columns
 ) -> list[Tensor]:
-    num_data = len(columns[0])
-    tensors = list(tensors_of(X))
-    if tensors and all(t.ndim > 0 and len(t) == num_data for t in tensors) and not model.is_closure:
+    if has_rows(X, len(linearization.output)) and not model.is_closure:
         try:
             return _by_vmap(model, X, linearization, chosen, columns)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -110,13 +110,12 @@ def _of_each_datum(
 
 
 def _by_vmap(
-    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]
+    model: FunctionalModel, X: Any, linearization: Linearization, chosen: Sequence[int], columns: Columns
 ) -> list[Tensor]:
     values = [v.detach() for v in linearization.values]
     wanted = [values[i] for i in chosen]
     numel = sum(v.numel() for v in wanted)
-    columns_at_once = max(1, min(len(columns), _CHUNK_NUMEL // numel))
-    data_at_once = max(1, _CHUNK_NUMEL // (numel * columns_at_once))
+    columns_at_once = max(1, _CHUNK_NUMEL // numel)
     squares, sums = [_zeros(v) for v in wanted], [_zeros(v) for v in wanted]
 
     def gradients(x: Any, u: Tensor) -> Any:
@@ -127,14 +126,18 @@ def _by_vmap(
 
         return vmap(vjp(predict, *wanted)[1])(u)
 
-    for data in _slices(len(columns[0]), data_at_once):
-        part = map_tensors(lambda t, d=data: t[d], X)  # type: ignore[misc]
-        for some in _slices(len(columns), columns_at_once):
-            U = torch.stack([column[data] for column in columns[some]], 1)
+    total_column = torch.zeros_like(linearization.output)
+    every_column = columns()
+    while some := list(islice(every_column, columns_at_once)):
+        data_at_once = max(1, _CHUNK_NUMEL // (numel * len(some)))
+        for data in _slices(len(total_column), data_at_once):
+            part = map_tensors(lambda t, d=data: t[d], X)  # type: ignore[misc]
+            U = torch.stack([column[data] for column in some], 1)
             for square, total, g in zip(squares, sums, vmap(gradients)(part, U), strict=True):
                 total += g.sum((0, 1))
                 square += at_least_float32(g).square().sum((0, 1))
-    _check_sums(linearization, chosen, columns, sums)
+        total_column = total_column + torch.stack(some).sum(0)
+    _check_sums(linearization, chosen, total_column, sums)
     return squares
 
 
@@ -143,20 +146,21 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _check_sums(
-    linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor], sums: Sequence[Tensor]
+    linearization: Linearization, chosen: Sequence[int], total_column: Tensor, sums: Sequence[Tensor]
 ) -> None:
     """Per-datum gradients must add up to the mini-batch's: proves which axis of X is the datum."""
-    pulled = linearization.pull(torch.stack(list(columns)).sum(0).unsqueeze(-1))
+    pulled = linearization.pull(total_column.unsqueeze(-1))
     pairs = [(pulled[i].squeeze(-1), s) for i, s in zip(chosen, sums, strict=True)]
     error = torch.stack([(whole - s).square().sum() for whole, s in pairs]).sum().sqrt()
     size = torch.stack([s.square().sum() for _, s in pairs]).sum().sqrt()
-    if error > tolerance(linearization.output.dtype, size.device) * size + torch.finfo(size.dtype).eps:
+    coarsest = coarsest_dtype(linearization.output, *linearization.values)
+    if error > tolerance(coarsest, size.device) * size + torch.finfo(coarsest).eps:
         raise RuntimeError("Per-datum gradients do not add up to the gradient of the mini-batch.")
 
 
-def _by_masks(linearization: Linearization, chosen: Sequence[int], columns: Sequence[Tensor]) -> list[Tensor]:
+def _by_masks(linearization: Linearization, chosen: Sequence[int], columns: Columns) -> list[Tensor]:
     squares = [_zeros(linearization.values[i]) for i in chosen]
-    for column in columns:
+    for column in columns():
         for n in range(len(column)):
             masked = torch.zeros_like(column)
             masked[n] = column[n]

@@ -25,7 +25,7 @@ def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) ->
         V: Columns of the parameters ``[*shape, K]``.
         R: What `pull` gave for U ``[*shape, K]``.
     """
-    coarsest = max((V[0].dtype, U.dtype), key=lambda d: torch.finfo(d).eps)
+    coarsest = coarsest_dtype(U, *V)
     difference = (_inner([U], [JV]) - _inner(V, R)).abs()
     sizes = (_inner([U], [U]) * _inner([JV], [JV])).sqrt()
     failed = difference > tolerance(coarsest, U.device) * sizes
@@ -52,6 +52,11 @@ def _sum_of(values: Iterator[Tensor]) -> Tensor:
     return total
 
 
+def coarsest_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype that rounds most."""
+    return max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).eps)
+
+
 def tolerance(dtype: torch.dtype, device: torch.device) -> float:
     """Relative difference of two ways through a network that rounding may explain."""
     if dtype == torch.float64:
@@ -70,7 +75,7 @@ def check_by_difference(model: FunctionalModel, X: Any, linearization: Lineariza
         NotImplementedError: If the two differ.
     """
     dtype = linearization.output.dtype
-    if dtype in (torch.bfloat16, torch.float16):
+    if coarsest_dtype(linearization.output, *model.params) in (torch.bfloat16, torch.float16):
         return
     generator = torch.Generator(linearization.output.device).manual_seed(0)
     u = torch.randn(linearization.output.shape, dtype=dtype, device=linearization.output.device, generator=generator)
@@ -94,11 +99,13 @@ def check_hessian_by_difference(model: FunctionalModel, X: Any, second_order: Se
         NotImplementedError: If the two differ.
     """
     prediction = second_order.prediction
-    if not custom_functions(prediction) or prediction.dtype in (torch.bfloat16, torch.float16):
+    if not custom_functions(prediction):
+        return
+    if coarsest_dtype(prediction, *model.params) in (torch.bfloat16, torch.float16):
         return
     v = second_order.gradient
     product = [r.squeeze(-1) for r in second_order.matmat([g.unsqueeze(-1) for g in v])]
-    if not _matches(product, v, model, lambda values: again(values), torch.cat([g.flatten() for g in v])):
+    if not _matches(product, v, model, again, torch.cat([g.flatten() for g in v])):
         raise NotImplementedError(
             f"The Hessian and a central difference of the gradient disagree{named(prediction)}: the backward of a "
             "custom autograd function must itself be written with differentiable operations on saved tensors."

@@ -139,24 +139,30 @@ class CGInverseLinearOperator(LinearOperator):
         work = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else self.dtype
         A = self._A.linearize()
         solution, self.info = conjugate_gradients(
-            self._product(A, work),
+            self._product("A", A, work),
             B.to(work),
             self._first_iterate(B.shape[1], work),
-            None if self._preconditioner is None else self._product(self._preconditioner, work),
+            self._preconditioning(work),
             self._rtol,
             self._max_iter,
         )
         self._report(self.info)
         return self.codomain.split(solution.to(self.dtype))
 
-    def _product(self, factor: Preconditioner, work: torch.dtype) -> Product:
+    def _preconditioning(self, work: torch.dtype) -> Product | None:
+        preconditioner = self._preconditioner
+        if isinstance(preconditioner, LinearOperator):
+            preconditioner = preconditioner.linearize()
+        return None if preconditioner is None else self._product("preconditioner", preconditioner, work)
+
+    def _product(self, name: str, factor: Preconditioner, work: torch.dtype) -> Product:
         multiply = factor.__matmul__ if isinstance(factor, LinearOperator) else factor
 
         def product(X: Tensor) -> Tensor:
             result: Tensor = multiply(X.to(self.dtype))
             if not isinstance(result, Tensor) or result.shape != X.shape:
                 got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-                raise ValueError(f"preconditioner: expected a tensor of shape {list(X.shape)}, got {got}.")
+                raise ValueError(f"{name}: expected a tensor of shape {list(X.shape)}, got {got}.")
             return result.to(work)
 
         return product
@@ -192,11 +198,8 @@ class CGInverseLinearOperator(LinearOperator):
 
     def frozen(self) -> CGInverseLinearOperator:
         """The inverse of the frozen operator, with the same options."""
-        return CGInverseLinearOperator(
-            self._A.frozen(),
-            self._rtol,
-            self._max_iter,
-            self._preconditioner,
-            self._x0,
-            on_breakdown=self._on_breakdown,
-        )
+        preconditioner = self._preconditioner
+        if isinstance(preconditioner, LinearOperator):
+            preconditioner = preconditioner.frozen()
+        options = (self._rtol, self._max_iter, preconditioner, self._x0)
+        return CGInverseLinearOperator(self._A.frozen(), *options, on_breakdown=self._on_breakdown)

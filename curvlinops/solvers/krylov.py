@@ -61,6 +61,7 @@ def conjugate_gradients(
     breakdown = torch.zeros(num_columns, dtype=torch.bool, device=B.device)
     residual = _relative(R, scale)
     open_columns = residual > rtol
+    is_first_run = True
     while bool(open_columns.any()):
         chosen = open_columns.nonzero().squeeze(1)
         run = _Run(product, precondition, X[:, chosen], R[:, chosen], scale[chosen], rtol)
@@ -69,8 +70,11 @@ def conjugate_gradients(
         breakdown[chosen] |= run.breakdown
         true_R = B[:, chosen] - product(run.X)
         now = _relative(true_R, scale[chosen])
-        # What a restart made worse is thrown away.
-        better = ~(now > residual[chosen])
+        # What a restart made worse is thrown away, and what a singular matrix blew up. A run that was merely short
+        # is kept: the error falls with each step even where the residual rises.
+        nearer = _energy(run.X, B[:, chosen], true_R) < _energy(X[:, chosen], B[:, chosen], R[:, chosen])
+        better = now.isfinite() & ((now <= residual[chosen]) | (is_first_run & nearer & ~run.stalled))
+        is_first_run = False
         kept = chosen[better]
         X[:, kept], R[:, kept] = run.X[:, better], true_R[:, better]
         helped = now < 0.5 * residual[chosen]
@@ -80,6 +84,11 @@ def conjugate_gradients(
         open_columns[chosen] = may_go_on
     converged = residual <= rtol
     return X * unit, SolveInfo(iterations, residual, converged, breakdown & ~converged)
+
+
+def _energy(X: Tensor, B: Tensor, R: Tensor) -> Tensor:
+    """xᵀAx/2 - bᵀx of each column with A x = b - r, which conjugate gradients make smaller with each step."""
+    return -(X * (B + R)).sum(0) / 2
 
 
 def _relative(R: Tensor, scale: Tensor) -> Tensor:
@@ -98,7 +107,7 @@ class _Run:
         self.X, self._R = X.clone(), R.clone()
         self.iterations = torch.zeros(X.shape[1], dtype=torch.long, device=X.device)
         self.breakdown = torch.zeros(X.shape[1], dtype=torch.bool, device=X.device)
-        self._stalled = torch.zeros_like(self.breakdown)
+        self.stalled = torch.zeros_like(self.breakdown)
         self._largest = torch.zeros_like(scale)
         Z = self._preconditioned(self._R)
         self._P, self._rho = Z.clone(), (self._R * Z).sum(0)
@@ -113,7 +122,7 @@ class _Run:
             self._step(active.nonzero().squeeze(1))
             floor = max(self._rtol, torch.finfo(self._R.dtype).eps / 16)
             done = self._R.norm(dim=0) <= floor * self._scale
-            active = active & ~done & ~self.breakdown & ~self._stalled & (self.iterations < budget)
+            active = active & ~done & ~self.breakdown & ~self.stalled & (self.iterations < budget)
 
     def _step(self, k: Tensor) -> None:
         P = self._P[:, k]
@@ -127,7 +136,7 @@ class _Run:
         # In a direction that the matrix maps to zero, rounding alone decides the sign.
         noise = 8 * torch.finfo(P.dtype).eps * self._largest[k] * squared
         is_rounding = (curvature.abs() <= noise) & ~(rho < 0)
-        self._stalled[k[~good & is_rounding]] = True
+        self.stalled[k[~good & is_rounding]] = True
         self.breakdown[k[~good & ~is_rounding]] = True
         k, P, AP = k[good], P[:, good], AP[:, good]
         if len(k) == 0:

@@ -102,6 +102,8 @@ def test_frozen_in_all_forms(form: str) -> None:
     elif form == "frozen parameters":
         model.requires_grad_(False)
     elif form == "params and X":
+        model = mlp()
+        params = dict(model.named_parameters())
         inner = copy.deepcopy(model)
 
         def func(p: dict[str, Tensor], X: Tensor) -> Tensor:
@@ -272,3 +274,16 @@ def test_copies_of_nodes_and_options() -> None:
         copied = pickle.loads(pickle.dumps(B))
         assert torch.equal(copied @ vector(B), B @ vector(B))
     assert pickle.loads(pickle.dumps(A)).domain.names == tuple(params)
+
+
+def test_callables_that_hide_tensors_are_not_frozen() -> None:
+    """A copy would go on reading the buffers of the user's module."""
+    inner = with_buffers()
+
+    def func(p: dict[str, Tensor], X: Tensor) -> Tensor:
+        result: Tensor = functional_call(inner, p, (X,))
+        return result
+
+    A = build("GGN", func, classes(), params=dict(inner.named_parameters()))
+    with pytest.raises(NotImplementedError, match="running_mean"):
+        A.frozen()

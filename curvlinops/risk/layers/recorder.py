@@ -20,7 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from curvlinops.risk.graph import nodes_of
-from curvlinops.risk.verification import tolerance
+from curvlinops.risk.verification import coarsest_dtype, tolerance
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,16 @@ class LinearLayerRecorder(TorchFunctionMode):
 def reliable_notes(notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor]) -> list[LinearNote]:
     """The notes whose parameters are used nowhere else, and whose rows are the data.
 
-    Cost: two backwards, without weight gradients.
+    Uses are counted in the graph; what counting cannot see (a graph that was differentiated inside of the model, an
+    input that was overwritten) shows when the gradient from the note is compared with autograd's.
+
+    Cost: three backwards.
     """
     uses = _uses_in_graph(prediction, values)
     noted = Counter(i for note in notes for i in note.parameters)
     single = [note for note in notes if all(uses[i] == noted[i] == 1 for i in note.parameters)]
     with_rows = [note for note in single if note.input.ndim > 1 and len(note.input) == len(prediction)]
-    return _with_data_as_rows(with_rows, prediction)
+    return _with_data_as_rows(with_rows, prediction, values)
 
 
 def _uses_in_graph(prediction: Tensor, values: Sequence[Tensor]) -> Counter[int]:
@@ -92,7 +95,7 @@ def _uses_in_graph(prediction: Tensor, values: Sequence[Tensor]) -> Counter[int]
     return uses
 
 
-def _with_data_as_rows(notes: Sequence[LinearNote], prediction: Tensor) -> list[LinearNote]:
+def _with_data_as_rows(notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor]) -> list[LinearNote]:
     """Scale datum n's output gradient by z_n: in the layers whose rows are the data, row n is scaled by z_n."""
     if not notes:
         return []
@@ -101,12 +104,28 @@ def _with_data_as_rows(notes: Sequence[LinearNote], prediction: Tensor) -> list[
     z = torch.randn(len(prediction), dtype=prediction.dtype, device=prediction.device, generator=generator)
     plain = output_gradients(notes, prediction, u)
     scaled = output_gradients(notes, prediction, u * _along_rows(z, u))
-    allowed = tolerance(prediction.dtype, prediction.device)
+    allowed = tolerance(coarsest_dtype(prediction, *values), prediction.device)
     return [
         note
         for note, g, h in zip(notes, plain, scaled, strict=True)
         if (h - g * _along_rows(z, g)).abs().max() <= allowed * (h.abs().max() + g.abs().max())
+        and _explains_gradient(note, g, prediction, values, u, allowed)
     ]
+
+
+def _explains_gradient(
+    note: LinearNote, g: Tensor, prediction: Tensor, values: Sequence[Tensor], u: Tensor, allowed: float
+) -> bool:
+    """Whether the gradients of weight and bias are Σ g aᵀ and Σ g, with no part from elsewhere."""
+    rows, a = g.flatten(0, -2), note.input.flatten(0, -2)
+    parts = {note.weight: rows.T @ a, note.bias: rows.sum(0)}
+    for position, part in parts.items():
+        if position is None:
+            continue
+        (whole,) = grad(prediction, [values[position]], u, retain_graph=True, allow_unused=True)
+        if whole is None or part.shape != whole.shape or (part - whole).abs().max() > allowed * whole.abs().max():
+            return False
+    return True
 
 
 def _along_rows(z: Tensor, like: Tensor) -> Tensor:
