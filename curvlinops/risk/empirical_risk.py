@@ -114,7 +114,7 @@ class EmpiricalRisk:
             raise ValueError("The data are empty: expected at least one mini-batch.")
 
     def total(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> list[Tensor]:
-        """C Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
+        """The scaled sum c Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
 
         Args:
             begin: Called at the start of the pass; gives the function (X, y) -> sum over the mini-batch's data.
@@ -300,6 +300,7 @@ class EmpiricalRisk:
         """
         if "directions" in self.engine.verified:
             return
+        self.engine.verified.add("directions")
         generator = torch.Generator(self.device).manual_seed(0)
         V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
         with preserved_random_state(None, self.device):
@@ -310,8 +311,7 @@ class EmpiricalRisk:
             if self.engine.forward_mode and bool(disagree(JV, JV, V, lin.pull(JV))):
                 self.engine = Engine(forward_mode=False)
                 check_by_difference(self.model, X, self.linearize(X))
-                self.engine.verified.add("differences")
-        self.engine.verified.add("directions")
+                self.engine.verified |= {"differences", "directions"}
 
     def linearize(self, X: Any) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
