@@ -60,7 +60,8 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
 
         def squares() -> list[Tensor]:
-            notes = reliable_notes(recorder.notes, prediction, lin.values)
+            notes = reliable_notes(recorder.notes, prediction, lin.values, self._risk.engine.proved_layers)
+            self._risk.engine.proved_layers = {tuple(note.parameters) for note in notes}
             return sums_of_squares(self._risk.model, X, lin, notes, factor.columns)
 
         return self._risk.model.holding(lin.values, squares)

@@ -34,6 +34,7 @@ class Engine:
         vmap: Whether several columns may go through the network at once.
         fused: Whether the forward that pushes a single column may also record the graph.
         verified: Names of the checks that are done; each is made once.
+        proved_layers: Parameters of the linear layers whose notes can be relied on, once that is known.
     """
 
     def __init__(self, forward_mode: bool = True) -> None:
@@ -41,6 +42,7 @@ class Engine:
         self.vmap = True
         self.fused = True
         self.verified: set[str] = set()
+        self.proved_layers: set[tuple[int, ...]] | None = None
 
     def give_up_vmap(self, error: Exception) -> None:
         """Go column by column from now on, unless memory was the trouble, which smaller chunks mend."""

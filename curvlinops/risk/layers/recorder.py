@@ -69,19 +69,30 @@ class LinearLayerRecorder(TorchFunctionMode):
             self.notes.append(LinearNote(*positions, input.detach(), get_gradient_edge(output)))
 
 
-def reliable_notes(notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor]) -> list[LinearNote]:
+def reliable_notes(
+    notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor], proved: set[tuple[int, ...]] | None
+) -> list[LinearNote]:
     """The notes whose parameters are used nowhere else, and whose rows are the data.
 
-    Uses are counted in the graph; what counting cannot see (a graph that was differentiated inside of the model, an
-    input that was overwritten) shows when the gradient from the note is compared with autograd's.
+    Uses are counted in the graph of each mini-batch. What counting cannot see is measured at the first: which axis is
+    the datum, and whether the gradient from the note is autograd's (it is not where a graph was differentiated inside
+    of the model, or a noted call leads nowhere).
 
-    Cost: three backwards.
+    Cost: three backwards at the first mini-batch.
+
+    Args:
+        notes: Notes of one forward.
+        prediction: What the forward gave.
+        values: The tracked parameters.
+        proved: Parameters of the layers that were found reliable at the first mini-batch, or ``None`` there.
     """
     uses = _uses_in_graph(prediction, values)
     noted = Counter(i for note in notes for i in note.parameters)
     single = [note for note in notes if all(uses[i] == noted[i] == 1 for i in note.parameters)]
     with_rows = [note for note in single if note.input.ndim > 1 and len(note.input) == len(prediction)]
-    return _with_data_as_rows(with_rows, prediction, values)
+    if proved is not None:
+        return [note for note in with_rows if tuple(note.parameters) in proved]
+    return _measured(with_rows, prediction, values) if with_rows else []
 
 
 def _uses_in_graph(prediction: Tensor, values: Sequence[Tensor]) -> Counter[int]:
@@ -95,37 +106,35 @@ def _uses_in_graph(prediction: Tensor, values: Sequence[Tensor]) -> Counter[int]
     return uses
 
 
-def _with_data_as_rows(notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor]) -> list[LinearNote]:
+def _measured(notes: Sequence[LinearNote], prediction: Tensor, values: Sequence[Tensor]) -> list[LinearNote]:
     """Scale datum n's output gradient by z_n: in the layers whose rows are the data, row n is scaled by z_n."""
-    if not notes:
-        return []
     generator = torch.Generator(prediction.device).manual_seed(0)
     u = torch.randn(prediction.shape, dtype=prediction.dtype, device=prediction.device, generator=generator)
     z = torch.randn(len(prediction), dtype=prediction.dtype, device=prediction.device, generator=generator)
     plain = output_gradients(notes, prediction, u)
     scaled = output_gradients(notes, prediction, u * _along_rows(z, u))
+    used = sorted({i for note in notes for i in note.parameters})
+    gradients = grad(prediction, [values[i] for i in used], u, retain_graph=True, allow_unused=True)
+    of_autograd = dict(zip(used, gradients, strict=True))
     allowed = tolerance(coarsest_dtype(prediction, *values), prediction.device)
     return [
         note
         for note, g, h in zip(notes, plain, scaled, strict=True)
-        if (h - g * _along_rows(z, g)).abs().max() <= allowed * (h.abs().max() + g.abs().max())
-        and _explains_gradient(note, g, prediction, values, u, allowed)
+        if _close(h, g * _along_rows(z, g), allowed)
+        and all(_close(of_autograd[i], part, allowed) for i, part in _gradients_from(note, g))
     ]
 
 
-def _explains_gradient(
-    note: LinearNote, g: Tensor, prediction: Tensor, values: Sequence[Tensor], u: Tensor, allowed: float
-) -> bool:
-    """Whether the gradients of weight and bias are Σ g aᵀ and Σ g, with no part from elsewhere."""
+def _gradients_from(note: LinearNote, g: Tensor) -> list[tuple[int, Tensor]]:
     rows, a = g.flatten(0, -2), note.input.flatten(0, -2)
-    parts = {note.weight: rows.T @ a, note.bias: rows.sum(0)}
-    for position, part in parts.items():
-        if position is None:
-            continue
-        (whole,) = grad(prediction, [values[position]], u, retain_graph=True, allow_unused=True)
-        if whole is None or part.shape != whole.shape or (part - whole).abs().max() > allowed * whole.abs().max():
-            return False
-    return True
+    parts = [(note.weight, rows.T @ a), (note.bias, rows.sum(0))]
+    return [(i, part) for i, part in parts if i is not None]
+
+
+def _close(expected: Tensor | None, actual: Tensor, allowed: float) -> bool:
+    if expected is None or expected.shape != actual.shape:
+        return False
+    return bool((actual - expected).abs().max() <= allowed * expected.abs().max())
 
 
 def _along_rows(z: Tensor, like: Tensor) -> Tensor:
