@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
 from curvlinops.curvature.gradient_moments import require_terms
-from curvlinops.curvature.sandwich import Sampling, sandwich_product
+from curvlinops.curvature.sandwich import GaussNewtonFactor, Sampling, sandwich_product
 from curvlinops.operators.base import unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
@@ -18,7 +18,7 @@ from curvlinops.risk.empirical_risk import BatchSum
 from curvlinops.risk.layers.recorder import LinearLayerRecorder, reliable_notes
 from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
-from curvlinops.risk.losses.factors import HessianFactor, LossFactor, gradient_factor, sampled_factor
+from curvlinops.risk.losses.factors import LossFactor, gradient_factor
 from curvlinops.risk.model import Parameters
 from curvlinops.risk.per_datum import sums_of_squares
 
@@ -87,7 +87,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         return computed or CurvatureLinearOperator._repr_extra(self)
 
 
-class GGNDiagonalLinearOperator(CurvatureDiagonal):
+class GGNDiagonalLinearOperator(GaussNewtonFactor, CurvatureDiagonal):
     r"""The diagonal of :class:`GGNLinearOperator`, with the same scale and the same samples.
 
     **Cost**: with C prediction entries a datum, a backward for each of C columns (for ``mc_samples`` each sample) for
@@ -152,15 +152,6 @@ class GGNDiagonalLinearOperator(CurvatureDiagonal):
             require_terms(self, "position")
         loss = self._risk.loss
         self.POSITIVE_SEMIDEFINITE = loss is not None and loss.is_convex
-
-    def _begin_pass(self) -> None:
-        self._sampling.restart(self.device, self._risk.rank)
-
-    def _loss_factor(self, terms: Terms) -> LossFactor:
-        if self._sampling.num_samples == 0:
-            return HessianFactor(terms)
-        generator = self._sampling.generator(self.device, self._risk.rank)
-        return sampled_factor(terms, self._sampling.num_samples, generator)
 
 
 class EFDiagonalLinearOperator(CurvatureDiagonal):

@@ -9,13 +9,11 @@ from torch import Tensor
 
 from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.regularization import L2Regularized
-from curvlinops.curvature.sandwich import Sampling, SandwichLinearOperator
-from curvlinops.risk.losses import Terms
-from curvlinops.risk.losses.factors import HessianFactor, LossFactor, sampled_factor
+from curvlinops.curvature.sandwich import GaussNewtonFactor, Sampling, SandwichLinearOperator
 from curvlinops.risk.model import Parameters
 
 
-class GGNLinearOperator(L2Regularized, SandwichLinearOperator):
+class GGNLinearOperator(GaussNewtonFactor, L2Regularized, SandwichLinearOperator):
     r"""The generalised Gauss-Newton matrix :math:`G = c \sum_n J_n^\top \nabla^2_f \ell_n J_n`.
 
     :math:`J_n` is the Jacobian of datum n's prediction, :math:`\ell_n` its loss term, c is 1 under 'sum' and one over
@@ -90,12 +88,3 @@ class GGNLinearOperator(L2Regularized, SandwichLinearOperator):
                     f"Monte-Carlo sampling needs a loss whose terms are known; {loss.name} is not one."
                 )
         self._set_l2(l2)
-
-    def _begin_pass(self) -> None:
-        self._sampling.restart(self.device, self._risk.rank)
-
-    def _loss_factor(self, terms: Terms) -> LossFactor:
-        if self._sampling.num_samples == 0:
-            return HessianFactor(terms)
-        generator = self._sampling.generator(self.device, self._risk.rank)
-        return sampled_factor(terms, self._sampling.num_samples, generator)

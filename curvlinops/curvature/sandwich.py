@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator
 from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.losses import Terms
-from curvlinops.risk.losses.factors import LossFactor
+from curvlinops.risk.losses.factors import HessianFactor, LossFactor, sampled_factor
 
 
 class SandwichLinearOperator(CurvatureLinearOperator):
@@ -70,3 +70,19 @@ class Sampling:
     def __getstate__(self) -> dict[str, Any]:
         """Without the generator, which each pass seeds anew and which cannot be pickled."""
         return {**self.__dict__, "_generator": None}
+
+
+class GaussNewtonFactor:
+    """The loss factor that the GGN and its diagonal share: the exact one, or one of samples."""
+
+    _risk: EmpiricalRisk
+    _sampling: Sampling
+
+    def _begin_pass(self) -> None:
+        self._sampling.restart(self._risk.device, self._risk.rank)
+
+    def _loss_factor(self, terms: Terms) -> LossFactor:
+        if self._sampling.num_samples == 0:
+            return HessianFactor(terms)
+        generator = self._sampling.generator(self._risk.device, self._risk.rank)
+        return sampled_factor(terms, self._sampling.num_samples, generator)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from curvlinops.risk.empirical_risk import Pass
-
+from curvlinops.risk.passes import Pass
 
 #: Counts travel as two digits in this base, since float32 does not hold large ones exactly.
 _BASE = 2**12

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,23 +22,12 @@ from curvlinops.risk.linearization import (
 )
 from curvlinops.risk.losses import Loss, Terms
 from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.passes import Pass, are_finite, check_data
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
 from curvlinops.risk.verification import check_by_difference, check_hessian_by_difference, disagree
 
 #: Maps the inputs and targets of a mini-batch to its sum over data.
 BatchSum = Callable[[Any, Any], Sequence[Tensor]]
-
-
-@dataclass
-class Pass:
-    """What one rank found in one pass over its data."""
-
-    sums: list[Tensor]
-    denominator: Tensor
-    num_data: int = 0
-    num_batches: int = 0
-    disagreements: list[Tensor] = field(default_factory=list)
-    error: BaseException | None = None
 
 
 class EmpiricalRisk:
@@ -70,7 +58,7 @@ class EmpiricalRisk:
         weight_fn: Callable[[Any, Any], Tensor] | None = None,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        _check_data(data)
+        check_data(data)
         if weight_fn is not None and loss is not None and not loss.is_known:
             raise NotImplementedError(f"weight_fn needs a loss whose terms are known; {loss.name} is not one.")
         self.model = model
@@ -141,7 +129,7 @@ class EmpiricalRisk:
                 raise found.error
             if not repeat:
                 self.check_num_data(found.num_data)
-                if not _are_finite(found.sums):
+                if not are_finite(found.sums):
                     self._raise_not_finite(begin, step)
                 return self._scaled(found)
             if disagrees:
@@ -376,22 +364,3 @@ class EmpiricalRisk:
         *gradients, loss = self.total(begin, shapes, "gradient and loss")
         dtype = self.model.params[0].dtype
         return [g.to(dtype) for g in gradients], loss.to(dtype)
-
-
-def _are_finite(tensors: Sequence[Tensor]) -> bool:
-    # One pass over the numbers says that all is well; only large ones, whose squares overflow, take a second.
-    if not tensors or bool(torch.nn.utils.get_total_norm(tensors).isfinite()):
-        return True
-    return all(bool(t.isfinite().all()) for t in tensors)
-
-
-def _check_data(data: Any) -> None:
-    if not isinstance(data, Iterable):
-        raise TypeError(f"Expected an iterable of mini-batches, got {type(data).__name__}.")
-    if isinstance(data, Iterator):
-        raise TypeError(
-            f"The data are a one-shot iterator ({type(data).__name__}), which is empty at the second product. Pass a "
-            "list or a DataLoader."
-        )
-    if isinstance(data, Tensor):
-        raise TypeError("Expected an iterable of mini-batches (X, y), got a tensor: pass [(X, y)].")
