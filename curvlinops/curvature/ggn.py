@@ -84,7 +84,5 @@ class GGNLinearOperator(GaussNewtonFactor, L2Regularized, SandwichLinearOperator
         if loss is not None and not loss.is_known:
             self.POSITIVE_SEMIDEFINITE = False
             if mc_samples:
-                raise NotImplementedError(
-                    f"Monte-Carlo sampling needs a loss whose terms are known; {loss.name} is not one."
-                )
+                loss.require_known("Monte-Carlo sampling")
         self._set_l2(l2)

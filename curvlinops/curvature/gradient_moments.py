@@ -18,12 +18,8 @@ def require_terms(operator: CurvatureLinearOperator, terms: str) -> str:
     """Check that the loss has terms, and the argument that says which of them go together."""
     if terms not in ("position", "datum"):
         raise ValueError(f"terms: expected 'position' or 'datum', got {terms!r}.")
-    loss = operator._risk.loss
-    if loss is not None and not loss.is_known:
-        raise NotImplementedError(
-            f"{type(operator).__name__} needs a loss whose terms are known (CrossEntropyLoss, MSELoss, "
-            f"BCEWithLogitsLoss); {loss.name} is not one."
-        )
+    if operator._risk.loss is not None:
+        operator._risk.loss.require_known(type(operator).__name__)
     return terms
 
 

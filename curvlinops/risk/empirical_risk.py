@@ -17,6 +17,8 @@ from curvlinops.risk.linearization import (
     Linearization,
     NoPushError,
     SecondOrder,
+    filled,
+    gradients_of,
     is_out_of_memory,
     linearize,
 )
@@ -59,8 +61,8 @@ class EmpiricalRisk:
         process_group: ProcessGroup | None = None,
     ) -> None:
         check_data(data)
-        if weight_fn is not None and loss is not None and not loss.is_known:
-            raise NotImplementedError(f"weight_fn needs a loss whose terms are known; {loss.name} is not one.")
+        if weight_fn is not None and loss is not None:
+            loss.require_known("weight_fn")
         self.model = model
         self.loss = loss
         self.data = data
@@ -324,17 +326,10 @@ class EmpiricalRisk:
 
     def second_order(self, X: Any, y: Any) -> SecondOrder:
         """The Hessian of a mini-batch's loss terms, summed."""
-
-        def at(values: Sequence[Tensor]) -> list[Tensor]:
-            prediction = self.model(values, X)
-            value = self.terms(prediction, X, y).value()
-            gradients = torch.autograd.grad(value, list(values), allow_unused=True)
-            return [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
-
         self.check_directions(X)
         second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value())
         if "Hessian" not in self.engine.verified:
-            check_hessian_by_difference(self.model, X, second_order, at)
+            check_hessian_by_difference(self.model, second_order, lambda values: self._gradient_at(values, X, y)[0])
             self.engine.verified.add("Hessian")
         return second_order
 
@@ -346,21 +341,16 @@ class EmpiricalRisk:
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """The gradient and the loss of the whole data set."""
 
-        def begin() -> BatchSum:
-            def gradient(X: Any, y: Any) -> list[Tensor]:
-                values = self.model.leaves()
-                value = self.terms(self.model(values, X), X, y).value()
-                gradients: Sequence[Tensor | None] = [None] * len(values)
-                if value.requires_grad:
-                    gradients = self.model.holding(
-                        values, lambda: torch.autograd.grad(value, values, allow_unused=True)
-                    )
-                filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values, gradients, strict=True)]
-                return [*filled, value]
-
-            return gradient
+        def gradient(X: Any, y: Any) -> list[Tensor]:
+            gradients, value = self._gradient_at(self.model.leaves(), X, y)
+            return [*gradients, value]
 
         shapes = [*(p.shape for p in self.model.params), ()]
-        *gradients, loss = self.total(begin, shapes, "gradient and loss")
+        *gradients, loss = self.total(lambda: gradient, shapes, "gradient and loss")
         dtype = self.model.params[0].dtype
         return [g.to(dtype) for g in gradients], loss.to(dtype)
+
+    def _gradient_at(self, values: Sequence[Tensor], X: Any, y: Any) -> tuple[list[Tensor], Tensor]:
+        """The gradient and the value of a mini-batch's loss terms, summed, at some parameter values."""
+        value = self.terms(self.model(values, X), X, y).value()
+        return filled(gradients_of(self.model, value, values), values), value

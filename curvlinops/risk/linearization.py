@@ -183,20 +183,12 @@ class SecondOrder:
         self.values = model.leaves()
         self.prediction = checked(model(self.values, X), engine, twice=True)
         value = objective(self.prediction)
-        gradients: Sequence[Tensor | None] = [None] * len(self.values)
-        if value.requires_grad:
-            gradients = model.holding(
-                self.values, lambda: grad(value, self.values, create_graph=True, allow_unused=True)
-            )
-        self._gradients = gradients
+        self._gradients = gradients_of(model, value, self.values, create_graph=True)
 
     @property
     def gradient(self) -> list[Tensor]:
         """The gradient, without its graph."""
-        return [
-            torch.zeros_like(v).detach() if g is None else g.detach()
-            for v, g in zip(self.values, self._gradients, strict=True)
-        ]
+        return [g.detach() for g in filled(self._gradients, self.values)]
 
     def matmat(self, V: Columns) -> list[Tensor]:
         """The Hessian times columns-last tensors ``[*shape, K]``."""
@@ -205,6 +197,20 @@ class SecondOrder:
             return [torch.zeros_like(v) for v in V]
         outputs, columns = zip(*curved, strict=True)
         return self._model.holding(self.values, lambda: backward(outputs, self.values, columns, self._engine))
+
+
+def gradients_of(
+    model: FunctionalModel, value: Tensor, values: Sequence[Tensor], create_graph: bool = False
+) -> Sequence[Tensor | None]:
+    """The gradients of a scalar at parameter values, ``None`` where it does not depend on them."""
+    if not value.requires_grad:
+        return [None] * len(values)
+    return model.holding(values, lambda: grad(value, values, create_graph=create_graph, allow_unused=True))
+
+
+def filled(gradients: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients with zeros for those that are missing."""
+    return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)]
 
 
 def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:

@@ -90,7 +90,7 @@ def check_by_difference(model: FunctionalModel, X: Any, linearization: Lineariza
         )
 
 
-def check_hessian_by_difference(model: FunctionalModel, X: Any, second_order: SecondOrder, again: Any) -> None:
+def check_hessian_by_difference(model: FunctionalModel, second_order: SecondOrder, gradient: Any) -> None:
     """Compare the Hessian with a central difference of the gradient, where user-written functions are involved.
 
     Cost: a product and some gradients, once, and only for models with custom autograd functions.
@@ -105,7 +105,7 @@ def check_hessian_by_difference(model: FunctionalModel, X: Any, second_order: Se
         return
     v = second_order.gradient
     product = [r.squeeze(-1) for r in second_order.matmat([g.unsqueeze(-1) for g in v])]
-    if not _matches(product, v, model, again, torch.cat([g.flatten() for g in v])):
+    if not _matches(product, v, model, gradient, torch.cat([g.flatten() for g in v])):
         raise NotImplementedError(
             f"The Hessian and a central difference of the gradient disagree{named(prediction)}: the backward of a "
             "custom autograd function must itself be written with differentiable operations on saved tensors."

@@ -24,6 +24,14 @@ class Loss(ABC):
     is_known: bool = True
     is_convex: bool = True
 
+    def require_known(self, what: str) -> None:
+        """Refuse what needs the loss's terms one by one, where they are not known."""
+        if not self.is_known:
+            raise NotImplementedError(
+                f"{what} needs a loss whose terms are known; {self.name} is not one, but CrossEntropyLoss, MSELoss and "
+                "BCEWithLogitsLoss are. HessianLinearOperator and GGNLinearOperator take any loss."
+            )
+
     def denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
         """By what a mini-batch's sum is divided under 'mean'; 1 under 'sum'.
 
@@ -58,11 +66,13 @@ class Terms(ABC):
 
     Attributes:
         rows: The prediction's rows, in at least float32.
-        channels_axis: Axis of the prediction that holds the channels, ``None`` for one channel.
+
+    Args:
+        prediction: The prediction.
+        channels_axis: Its axis that holds the channels, ``None`` for one channel.
     """
 
-    def __init__(self, name: str, prediction: Tensor, channels_axis: int | None) -> None:
-        self.name = name
+    def __init__(self, prediction: Tensor, channels_axis: int | None) -> None:
         self._shape = prediction.shape
         self._dtype = prediction.dtype
         self._channels_axis = channels_axis

@@ -36,7 +36,7 @@ class BCEWithLogits(Loss):
             positive, negative = positive * per_element, negative * per_element
         if (positive + negative < 0).any():
             raise ValueError(f"{self.name}: weights or targets give a term a negative mass, so it is not convex.")
-        return _BCETerms(self.name, prediction, positive, negative, weight)
+        return _BCETerms(prediction, positive, negative, weight)
 
     def _spread(self, option: str, values: Tensor, prediction: Tensor) -> Tensor:
         """The values of an option over the prediction, which they must not tell apart by datum."""
@@ -56,10 +56,8 @@ class BCEWithLogits(Loss):
 
 
 class _BCETerms(Terms):
-    def __init__(
-        self, name: str, prediction: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None
-    ) -> None:
-        super().__init__(name, prediction, channels_last_axis(prediction))
+    def __init__(self, prediction: Tensor, positive: Tensor, negative: Tensor, weight: Tensor | None) -> None:
+        super().__init__(prediction, channels_last_axis(prediction))
         scale = per_row(weight, self.rows)
         self._positive = self.to_rows(positive.unsqueeze(-1)).squeeze(-1) * scale
         self._mass = self._positive + self.to_rows(negative.unsqueeze(-1)).squeeze(-1) * scale

@@ -133,7 +133,7 @@ class TargetMass:
 
 class _CrossEntropyTerms(Terms):
     def __init__(self, loss: CrossEntropy, prediction: Tensor, y: Tensor, weight: Tensor | None) -> None:
-        super().__init__(loss.name, prediction, channels_axis=1)
+        super().__init__(prediction, channels_axis=1)
         mass = loss.target_mass(y, self.rows.detach())
         self._mass = mass.weighted(weight)
         self._total = self._mass.total()

@@ -30,7 +30,7 @@ class GenericLoss(Loss):
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """The loss of one mini-batch as a single function of the prediction."""
         if weight is not None:
-            raise NotImplementedError(f"weight_fn needs a loss whose terms are known; {self.name} is not one.")
+            self.require_known("weight_fn")
         return _GenericTerms(self, prediction, y)
 
 
@@ -38,7 +38,6 @@ class _GenericTerms(Terms):
     """All rows are one term, since nothing says that they do not interact."""
 
     def __init__(self, loss: GenericLoss, prediction: Tensor, y: Any) -> None:
-        self.name = loss.name
         self._loss = loss
         self._prediction = prediction
         self._y = y
@@ -56,7 +55,7 @@ class _GenericTerms(Terms):
         value = self._loss._loss_func(prediction, self._y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"Loss {self.name}: expected a scalar, got {got}.")
+            raise ValueError(f"Loss {self._loss.name}: expected a scalar, got {got}.")
         return value.reshape(()) * self._factor
 
     def value(self) -> Tensor:
@@ -75,10 +74,8 @@ class _GenericTerms(Terms):
         return torch.stack([torch.zeros_like(f) if c is None else c for c in columns], -1)
 
     def _refuse(self, what: str) -> NoReturn:
-        raise NotImplementedError(
-            f"{what} needs a loss whose terms are known (CrossEntropyLoss, MSELoss, BCEWithLogitsLoss); "
-            f"{self.name} is not one. HessianLinearOperator and GGNLinearOperator take any loss."
-        )
+        self._loss.require_known(what)
+        raise AssertionError("A generic loss is never known.")
 
     def gradient(self) -> Tensor:
         self._refuse("The empirical Fisher")

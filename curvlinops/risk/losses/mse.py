@@ -24,7 +24,7 @@ class SquaredError(Loss):
 
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """Terms of one mini-batch; see :meth:`Loss.terms`."""
-        return _SquaredErrorTerms(self.name, prediction, check_same_shape(self.name, prediction, y), weight)
+        return _SquaredErrorTerms(prediction, check_same_shape(self.name, prediction, y), weight)
 
 
 def elements_of(name: str, y: Any, weight: Tensor | None) -> Tensor:
@@ -40,8 +40,8 @@ def channels_last_axis(prediction: Tensor) -> int | None:
 
 
 class _SquaredErrorTerms(Terms):
-    def __init__(self, name: str, prediction: Tensor, y: Tensor, weight: Tensor | None) -> None:
-        super().__init__(name, prediction, channels_last_axis(prediction))
+    def __init__(self, prediction: Tensor, y: Tensor, weight: Tensor | None) -> None:
+        super().__init__(prediction, channels_last_axis(prediction))
         self._y = self.to_rows(y.unsqueeze(-1)).squeeze(-1)
         self._weight = per_row(weight, self.rows)
 
