@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Self, TypedDict
 
 import torch
@@ -15,7 +16,7 @@ from curvlinops.operators.space import Space
 from curvlinops.risk.collective import raise_together
 from curvlinops.risk.determinism import check_deterministic as run_determinism_check
 from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
-from curvlinops.risk.linearization import in_chunks
+from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
 from curvlinops.risk.losses import as_loss
 from curvlinops.risk.model import FunctionalModel, Parameters
 
@@ -164,7 +165,7 @@ class CurvatureLinearOperator(LinearOperator):
         product = self._linearize_batch(X, y)
         denominator = self._risk.denominator(X, y).item()
         # A mini-batch in which every target is ignored contributes nothing.
-        return [r / (denominator or 1.0) for r in in_chunks(product, M, self._chunk_size)]
+        return [r / (denominator or 1.0) for r in gathered(in_chunks(product, M, self._chunk_sizes()))]
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         """The curvature summed over the mini-batch's data as a reusable product."""
@@ -180,22 +181,35 @@ class CurvatureLinearOperator(LinearOperator):
         """Called before the first mini-batch of each pass."""
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        result = self._risk.total(lambda: self._batch_sum(X), [x.shape for x in X], "product")
+        use = replace(self._risk.use, is_reused=True) if X[0].shape[-1] > 1 else self._risk.use
+        columns = column_by_column(X)
+        result = self._risk.total(lambda: self._batch_sum(columns), [x.shape for x in X], "product", use)
         return [r.to(self.dtype) for r in result]
 
     def _batch_sum(self, M: list[Tensor]) -> BatchSum:
         self._begin_pass()
         if self._is_users_own:
             return lambda X, y: self._users_sum(X, y, M)
-        return lambda X, y: in_chunks(self._linearize_batch(X, y), M, self._chunk_size)
+        return lambda X, y: in_chunks(self._linearize_batch(X, y), M, self._chunk_sizes())
 
-    def _users_sum(self, X: Any, y: Any, M: list[Tensor]) -> list[Tensor]:
+    def _chunk_sizes(self) -> Callable[[], int]:
+        """Columns that go through the network together, chunk by chunk: what the user says, or what suits the model.
+
+        The first column goes alone: it prepares the others and teaches their number. It does so in every pass, so
+        that the same question gets the same answer to the bit.
+        """
+        if self._chunk_size is not None:
+            return lambda size=self._chunk_size: size  # type: ignore[misc]
+        is_first = iter([True])
+        return lambda: 1 if next(is_first, False) else self._risk.engine.chunk_size or 1
+
+    def _users_sum(self, X: Any, y: Any, M: list[Tensor]) -> Iterator[Piece]:
         denominator = float(self._risk.denominator(X, y))
         if denominator == 0:
-            return [torch.zeros_like(m) for m in M]
-        columns = M[0].shape[-1] if self._chunk_size is None else self._chunk_size
-        product = in_chunks(lambda part: self._matmat_batch(X, y, part), M, columns)
-        return [denominator * r for r in product]
+            return
+        columns = self._chunk_size or M[0].shape[-1]
+        for part, result in in_chunks(lambda m: self._matmat_batch(X, y, m), M, lambda: columns):
+            yield part, [denominator * r for r in result]
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """The gradient and the value of the loss over all data, with the matrix's own scale.

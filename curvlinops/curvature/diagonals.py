@@ -47,7 +47,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 
     def _diagonal_sum(self) -> BatchSum:
         self._begin_pass()
-        return self._diagonal_batch
+        return lambda X, y: [(None, self._diagonal_batch(X, y))]
 
     def _diagonal_batch(self, X: Any, y: Any) -> Sequence[Tensor]:
         """The diagonal summed over a mini-batch's data."""

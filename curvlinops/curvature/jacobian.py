@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack
 
 import torch
@@ -13,7 +13,7 @@ from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, Ris
 from curvlinops.operators.algebra import Adjoint
 from curvlinops.operators.space import Space
 from curvlinops.risk.empirical_risk import BatchSum
-from curvlinops.risk.linearization import in_chunks
+from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
 from curvlinops.risk.model import Parameters
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
 
@@ -108,12 +108,13 @@ class JacobianLinearOperator(CurvatureLinearOperator):
         parts: list[Tensor] = []
         risk = self._risk
         expected = self._shapes_of_batches()
+        columns = column_by_column(X)
 
         def begin() -> BatchSum:
             parts.clear()
 
-            def push(inputs: Any, y: Any) -> list[Tensor]:
-                parts.extend(in_chunks(self._linearize_batch(inputs, y), X, self._chunk_size))
+            def push(inputs: Any, y: Any) -> list[Piece]:
+                parts.extend(gathered(in_chunks(self._linearize_batch(inputs, y), columns, self._chunk_sizes())))
                 return []
 
             return push
@@ -149,10 +150,10 @@ class JacobianLinearOperator(CurvatureLinearOperator):
 def _pulling(operator: JacobianLinearOperator, parts: list[Tensor]) -> BatchSum:
     remaining = iter(parts)
 
-    def pull(X: Any, y: Any) -> list[Tensor]:
+    def pull(X: Any, y: Any) -> Iterator[Piece]:
         operator._risk.check_directions(X)
         lin = operator._risk.linearize(X)
-        return in_chunks(lambda U: lin.pull(U[0]), [next(remaining)], operator._chunk_size)
+        return in_chunks(lambda U: lin.pull(U[0]), column_by_column([next(remaining)]), operator._chunk_sizes())
 
     return pull
 

@@ -93,9 +93,10 @@ class Space:
 
     @staticmethod
     def merge(columns: Sequence[Tensor]) -> Tensor:
-        """Glue columns-last tensors ``[*shape, K]`` to ``[D, K]``."""
-        num_columns = columns[0].shape[-1]
-        return torch.cat([c.reshape(prod(c.shape[:-1]), num_columns) for c in columns])
+        """Glue columns-last tensors ``[*shape, K]`` to ``[D, K]``, each column in one piece of memory."""
+        if len(columns) == 1:
+            return columns[0].flatten(0, -2)
+        return torch.cat([c.movedim(-1, 0).reshape(c.shape[-1], prod(c.shape[:-1])) for c in columns], 1).T
 
     def read(self, M: Any, columns_first: bool = False) -> tuple[list[Tensor], Format]:
         """Bring a vector or matrix in any of the four formats to columns-last tensors.

@@ -12,11 +12,13 @@ from tqdm import tqdm
 
 from curvlinops.risk.batches import Batch, read_batch, visible_size
 from curvlinops.risk.collective import all_reduced, rank_of
+from curvlinops.risk.columns import Piece
 from curvlinops.risk.linearization import (
     Engine,
     Linearization,
     NoPushError,
     SecondOrder,
+    Use,
     filled,
     gradients_of,
     is_out_of_memory,
@@ -28,8 +30,8 @@ from curvlinops.risk.passes import Pass, are_finite, check_data
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
 from curvlinops.risk.verification import check_by_difference, check_hessian_by_difference, disagree
 
-#: Maps the inputs and targets of a mini-batch to its sum over data.
-BatchSum = Callable[[Any, Any], Sequence[Tensor]]
+#: Maps the inputs and targets of a mini-batch to its sum over data, piece by piece.
+BatchSum = Callable[[Any, Any], Iterable[Piece]]
 
 
 class EmpiricalRisk:
@@ -73,6 +75,7 @@ class EmpiricalRisk:
         self.weight_fn = weight_fn
         self.process_group = process_group
         self.engine = Engine(forward_mode=not model.is_closure)
+        self.use = Use()
         self._pass: Pass | None = None
 
     @property
@@ -103,13 +106,16 @@ class EmpiricalRisk:
         if index < 0:
             raise ValueError("The data are empty: expected at least one mini-batch.")
 
-    def total(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> list[Tensor]:
+    def total(
+        self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use | None = None
+    ) -> list[Tensor]:
         """The scaled sum c Σ_b of a quantity of the mini-batches: one pass, one scale factor, one all-reduce.
 
         Args:
             begin: Called at the start of the pass; gives the function (X, y) -> sum over the mini-batch's data.
             shapes: Shapes of the tensors that are summed.
             step: What the pass is for.
+            use: What linearisations are for.
 
         Returns:
             The tensors, in at least float32.
@@ -119,7 +125,7 @@ class EmpiricalRisk:
             NotImplementedError: If no way through the network gives consistent products.
         """
         while True:
-            found = self._local_pass(begin, shapes, step)
+            found = self._local_pass(begin, shapes, step, use or self.use)
             disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
             if disagrees and not self.engine.forward_mode:
                 found.error = NotImplementedError(
@@ -137,13 +143,10 @@ class EmpiricalRisk:
             if disagrees:
                 self.engine = Engine(forward_mode=False)
 
-    def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str) -> Pass:
-        first = self.model.params[0]
-        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
-        found = Pass(
-            [torch.zeros(tuple(shape), dtype=dtype, device=first.device) for shape in shapes],
-            torch.zeros((), dtype=torch.float64, device=first.device),
-        )
+    def _local_pass(
+        self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use
+    ) -> Pass:
+        found = Pass.empty(shapes, self.model.params[0], use)
         self._pass = found
         try:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
@@ -163,20 +166,8 @@ class EmpiricalRisk:
         return found
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
-        summands = [t.detach() for t in batch_sum(batch.X, batch.y)]
-        if [t.shape for t in summands] != [t.shape for t in found.sums]:
-            raise ValueError(
-                f"Mini-batch {batch.index}: expected tensors of shapes {[list(t.shape) for t in found.sums]}, got "
-                f"{[list(t.shape) for t in summands]}."
-            )
-        summands = [t.to(s.dtype) for t, s in zip(summands, found.sums, strict=True)]
-        if found.num_batches == 0:
-            found.sums = summands
-        elif found.num_batches == 1 and summands:
-            # Not in place, since the first summand can be the user's own vector (the gradient of an identity is).
-            found.sums = list(torch._foreach_add(found.sums, summands))
-        elif summands:
-            torch._foreach_add_(found.sums, summands)
+        for piece in batch_sum(batch.X, batch.y):
+            found.add(batch.index, piece)
         found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
         found.num_batches += 1
         if self.num_data is not None:
@@ -188,7 +179,8 @@ class EmpiricalRisk:
         with preserved_random_state(self.data, self.device), differentiable(self.model):
             batch_sum = begin()
             for batch in self.batches(f"{step}, looking for numbers that are not finite"):
-                if not all(t.isfinite().all() for t in batch_sum(batch.X, batch.y)):
+                pieces = batch_sum(batch.X, batch.y)
+                if not all(t.isfinite().all() for _, tensors in pieces for t in tensors):
                     raise FloatingPointError(
                         f"{self.name}: mini-batch {batch.index} gives numbers that are not finite. {advice}"
                     )
@@ -196,13 +188,13 @@ class EmpiricalRisk:
 
     def _scaled(self, found: Pass) -> list[Tensor]:
         if not self._is_mean:
-            return [t.clone() for t in found.sums] if found.num_batches == 1 else found.sums
+            return found.scaled(None)
         denominator = found.denominator.item()
         if denominator == 0:
             raise ValueError(
                 "The denominator of the mean is zero: every target is ignored or has weight zero, in all mini-batches."
             )
-        return [t / denominator for t in found.sums]
+        return found.scaled(denominator)
 
     def check_num_data(self, found: int) -> None:
         """Raise if the data of all ranks are not as many as was said."""
@@ -305,7 +297,7 @@ class EmpiricalRisk:
 
     def linearize(self, X: Any) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
-        return linearize(self.model, X, self.engine)
+        return linearize(self.model, X, self.engine, self.use if self._pass is None else self._pass.use)
 
     def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
         """J V, going over to double backward where the model has no forward mode."""
@@ -316,7 +308,8 @@ class EmpiricalRisk:
                 if is_out_of_memory(error):
                     raise
             # What was wrong may have been X, which then fails here, and not the engine.
-            linearization = linearize(self.model, X, engine := Engine(forward_mode=False))
+            use = linearization.use
+            linearization = linearize(self.model, X, engine := Engine(forward_mode=False), use)
             _ = linearization.prediction
             self.engine = engine
         if "differences" not in self.engine.verified:
@@ -341,9 +334,9 @@ class EmpiricalRisk:
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:
         """The gradient and the loss of the whole data set."""
 
-        def gradient(X: Any, y: Any) -> list[Tensor]:
+        def gradient(X: Any, y: Any) -> list[Piece]:
             gradients, value = self._gradient_at(self.model.leaves(), X, y)
-            return [*gradients, value]
+            return [(None, [*gradients, value])]
 
         shapes = [*(p.shape for p in self.model.params), ()]
         *gradients, loss = self.total(lambda: gradient, shapes, "gradient and loss")

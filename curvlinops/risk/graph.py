@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -19,6 +20,27 @@ def nodes_of(prediction: Tensor) -> Iterator[Any]:
         seen.add(node)
         yield node
         stack.extend(parent for parent, _ in node.next_functions)
+
+
+def saved_tensors(prediction: Tensor) -> Iterator[Tensor]:
+    """The tensors that the graph behind a tensor holds for its backward."""
+    for node in nodes_of(prediction):
+        if isinstance(node, BackwardCFunction):
+            yield from (t for t in node.saved_tensors if isinstance(t, Tensor))
+            continue
+        for name in _saved_names(type(node)):
+            saved = getattr(node, name)
+            yield from (t for t in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(t, Tensor))
+
+
+@cache
+def _saved_names(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+
+
+def has_convolution(prediction: Tensor) -> bool:
+    """Whether the graph behind a tensor has a convolution in it."""
+    return any("Convolution" in type(node).__name__ for node in nodes_of(prediction))
 
 
 def custom_functions(prediction: Tensor) -> list[str]:

@@ -1,7 +1,8 @@
 """The model at one mini-batch: push(V) = J V and pull(U) = Jᵀ U, by two engines, in chunks of columns.
 
 *Forward mode* pushes with dual numbers. A single column is pushed in the same forward that records the graph for
-`pull` (5 units for a whole product, a gradient being 3); several columns are pushed at once under `vmap`.
+`pull` (5 units for a whole product, a gradient being 3). Where more products are to come, that forward also leaves a
+tape of its tangents, and each further product takes 4 units.
 *Double backward* pushes by differentiating `pull` (the R-operator); it serves models that forward mode cannot
 follow, and callables that close over their parameters.
 """
@@ -9,7 +10,9 @@ follow, and callables that close over their parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +20,35 @@ from backpack.hessianfree.rop import R_op
 from torch import Tensor
 from torch.autograd import forward_ad, grad
 
-from curvlinops.risk.graph import named, refuse_by_name
+from curvlinops.risk.graph import has_convolution, named, refuse_by_name, saved_tensors
+from curvlinops.risk.memory import num_bytes
 from curvlinops.risk.model import FunctionalModel
-from curvlinops.risk.tangents import TangentRules
+from curvlinops.risk.tangents import TangentRules, TooLargeError
+from curvlinops.risk.tape import NoTapeError, Tape, TapeRecorder
 
-#: Columns that go through the network together when the user does not say.
+#: Bytes of activations that columns going through the network together may add up to, and how many may at most. On
+#: the CPU about what a cache holds, as measured; see docs/concepts/columns.rst. Convolutions are slower under vmap.
+_CHUNK_BYTES = {"cpu": 8 * 2**20, "cuda": 2**30}
+_CHUNK_BYTES_OF_CONVOLUTIONS = {"cpu": 2**20, "cuda": 2**30}
+_MAX_CHUNK_SIZE = {"cpu": 16, "cuda": 64}
+#: Columns of the identity that are multiplied together where a matrix is found by products.
 DEFAULT_CHUNK_SIZE = 8
 Columns = Sequence[Tensor]
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a linearisation is for.
+
+    Attributes:
+        is_reused: Whether more products follow the first.
+        is_lean: Whether to hold no more than a gradient does, at the cost of a further forward.
+        max_bytes: Bytes that a forward with tangents may hold; beyond, the product is lean.
+    """
+
+    is_reused: bool = False
+    is_lean: bool = False
+    max_bytes: int | None = None
 
 
 class Engine:
@@ -31,17 +56,21 @@ class Engine:
 
     Attributes:
         forward_mode: Whether to push by forward mode; otherwise by double backward.
+        tape: Whether the tangents of a forward can be replayed.
         vmap: Whether several columns may go through the network at once.
         fused: Whether the forward that pushes a single column may also record the graph.
         verified: Names of the checks that are done; each is made once.
-        proved_layers: Parameters of the linear layers whose notes can be relied on, once that is known.
+        chunk_size: Columns that go through the network together, once that is known.
+        proofs: What was proved of the model's layers.
     """
 
     def __init__(self, forward_mode: bool = True) -> None:
         self.forward_mode = forward_mode
+        self.tape = True
         self.vmap = True
         self.fused = True
         self.verified: set[str] = set()
+        self.chunk_size: int | None = None
         self.proved_layers: set[tuple[int, ...]] | None = None
 
     def give_up_vmap(self, error: Exception) -> None:
@@ -49,6 +78,19 @@ class Engine:
         if is_out_of_memory(error):
             raise error
         self.vmap = False
+        self.chunk_size = 1
+
+    def learn_chunk_size(self, prediction: Tensor) -> None:
+        """Choose how many columns go through the network together.
+
+        Columns that go together share the calls of kernels but not their work. So it pays where kernels are short,
+        and costs where the activations no longer fit into the cache.
+        """
+        if self.chunk_size is None:
+            device = "cpu" if prediction.device.type == "cpu" else "cuda"
+            allowed = (_CHUNK_BYTES_OF_CONVOLUTIONS if has_convolution(prediction) else _CHUNK_BYTES)[device]
+            size = allowed // max(1, num_bytes(saved_tensors(prediction)))
+            self.chunk_size = min(_MAX_CHUNK_SIZE[device], max(1, size))
 
 
 class NoPushError(NotImplementedError):
@@ -61,10 +103,11 @@ class Linearization(ABC):
     Columns come last: V is a list of ``[*shape, K]``, U is ``[*out, K]``.
     """
 
-    def __init__(self, model: FunctionalModel, X: Any, engine: Engine) -> None:
+    def __init__(self, model: FunctionalModel, X: Any, engine: Engine, use: Use) -> None:
         self._model = model
         self._X = X
         self._engine = engine
+        self.use = use
         self.values = model.leaves()
         self._prediction: Tensor | None = None
 
@@ -73,8 +116,14 @@ class Linearization(ABC):
         """The prediction with its graph; the first use runs the forward."""
         if self._prediction is None:
             prediction = self._model(self.values, self._X)
-            self._prediction = checked(prediction, self._engine, twice=not self._engine.forward_mode)
+            self._prediction = self._checked(prediction, twice=not self._engine.forward_mode)
         return self._prediction
+
+    def _checked(self, prediction: Tensor, twice: bool) -> Tensor:
+        checked(prediction, self._engine, twice)
+        if self.use.is_reused:
+            self._engine.learn_chunk_size(prediction)
+        return prediction
 
     @property
     def output(self) -> Tensor:
@@ -86,32 +135,37 @@ class Linearization(ABC):
         """J V."""
 
     def pull(self, U: Tensor) -> list[Tensor]:
-        """Jᵀ U, by one backward a column."""
+        """Jᵀ U, by one backward a column; a lean linearisation does so only once."""
         prediction = self.prediction
+        retain = not self.use.is_lean
         return self._model.holding(
-            self.values, lambda: backward([prediction], self.values, [U.to(prediction.dtype)], self._engine)
+            self.values, lambda: backward([prediction], self.values, [U.to(prediction.dtype)], self._engine, retain)
         )
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        if self._prediction is not None:
+            yield from saved_tensors(self._prediction)
+            yield self._prediction
 
 
 class ForwardMode(Linearization):
-    """Pushes by dual numbers."""
+    """Pushes by dual numbers, and once there is a tape of them by replaying it."""
 
     _has_tangents = False
+    _tape: Tape | None = None
 
     def push(self, V: Columns) -> Tensor:
-        """J V: one column in the forward that records the graph, several under vmap or one after the other."""
-        if V[0].shape[-1] == 1:
-            record = self._engine.fused and self._prediction is None
-            return self._push_one([v.squeeze(-1) for v in V], record).unsqueeze(-1)
-        # The graph comes first, so that a model that cannot be differentiated says so here.
-        _ = self.prediction
-        if self._engine.vmap:
+        """J V."""
+        tape = self._tape
+        if tape is not None and V[0].shape[-1] > 1 and self._engine.vmap:
             try:
-                return self._push_all([v.movedim(-1, 0) for v in V]).movedim(0, -1)
+                with torch.no_grad():
+                    replayed = torch.vmap(lambda *v: tape.replay(v, under_vmap=True))(*(v.movedim(-1, 0) for v in V))
+                return replayed.movedim(0, -1)
             except (RuntimeError, ValueError, TypeError) as error:
                 self._engine.give_up_vmap(error)
-        columns = [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
-        return torch.stack([self._push_one(column, record=False) for column in columns], -1)
+        return torch.stack([self._push_one(column) for column in unstacked(V)], -1)
 
     def pull(self, U: Tensor) -> list[Tensor]:
         """Jᵀ U; a forward that runs again in the backward (checkpointing) needs a graph without tangents."""
@@ -123,48 +177,95 @@ class ForwardMode(Linearization):
         self._engine.fused, self._has_tangents, self._prediction = False, False, None
         return super().pull(U)
 
-    def _push_one(self, v: Columns, record: bool) -> Tensor:
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        yield from super().held()
+        if self._tape is not None:
+            yield from self._tape.constants()
+
+    def _push_one(self, v: Columns) -> Tensor:
+        if self._tape is not None:
+            return self._replay(v)
+        record = self._engine.fused and self._prediction is None and not self.use.is_lean
+        wants_tape = self.use.is_reused and self._engine.tape
+        try:
+            return self._run(v, record, wants_tape)
+        except NoTapeError:
+            self._engine.tape = False
+        except TooLargeError:
+            record = False
+        return self._run(v, record, wants_tape and self._engine.tape)
+
+    def _replay(self, v: Columns) -> Tensor:
+        assert self._tape is not None
+        with torch.no_grad():
+            return self._tape.replay([column.contiguous() for column in v])
+
+    def _run(self, v: Columns, record: bool, wants_tape: bool) -> Tensor:
+        """A forward with tangents, which records the graph, the tape, both or neither."""
         values = self.values if record else [value.detach() for value in self.values]
-        with torch.set_grad_enabled(record), forward_ad.dual_level(), TangentRules():
-            duals = [forward_ad.make_dual(value, column.contiguous()) for value, column in zip(values, v, strict=True)]
+        tangents = [column.contiguous() for column in v]
+        rules = TangentRules(max_bytes=self.use.max_bytes if record else None)
+        with torch.set_grad_enabled(record), forward_ad.dual_level(), rules, ExitStack() as stack:
+            duals = [forward_ad.make_dual(value, tangent) for value, tangent in zip(values, tangents, strict=True)]
+            recorder = TapeRecorder([forward_ad.unpack_dual(dual).tangent for dual in duals]) if wants_tape else None
+            if recorder is not None:
+                stack.enter_context(recorder)
             primal, tangent = forward_ad.unpack_dual(self._model(duals, self._X))
+        if recorder is not None:
+            self._tape = recorder.finish(tangent, primal.shape)
         if record:
-            self._prediction = checked(primal, self._engine, twice=False)
+            self._prediction = self._checked(primal, twice=False)
             self._has_tangents = True
         return torch.zeros_like(primal).detach() if tangent is None else tangent.detach()
-
-    def _push_all(self, V: Columns) -> Tensor:
-        values = tuple(value.detach() for value in self.values)
-
-        def push(*v: Tensor) -> Tensor:
-            tangent: Tensor = torch.func.jvp(lambda *p: self._model(p, self._X), values, v)[1]
-            return tangent
-
-        with torch.no_grad(), TangentRules(under_vmap=True):
-            return torch.func.vmap(push)(*V)
 
 
 class DoubleBackward(Linearization):
     """Pushes by differentiating `pull`, which is linear: the R-operator."""
 
+    _pulled: tuple[Tensor, Sequence[Tensor | None]] | None = None
+
     def push(self, V: Columns) -> Tensor:
-        """J V, by one backward through a backward for each column."""
+        """J V, by one backward through a backward for each column; the latter is kept where there are more to come."""
         prediction = self.prediction
-
-        def push_one(column: Columns) -> Tensor:
-            try:
-                return R_op(prediction, self.values, column)[0]  # type: ignore[no-any-return]
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise
-                raise NoPushError(
-                    f"The model has neither forward mode nor a backward that can be differentiated{named(prediction)}: "
-                    f"{error}"
-                ) from error
-
-        columns = [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
-        pushed = [self._model.holding(self.values, lambda c=column: push_one(c)) for column in columns]  # type: ignore[misc]
+        push_one = self._push_through_kept if self.use.is_reused else self._push_anew
+        try:
+            pushed = [self._model.holding(self.values, lambda c=column: push_one(c)) for column in unstacked(V)]  # type: ignore[misc]
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            raise NoPushError(
+                f"The model has neither forward mode nor a backward that can be differentiated{named(prediction)}: "
+                f"{error}"
+            ) from error
         return torch.stack(pushed, -1)
+
+    def _push_anew(self, v: Columns) -> Tensor:
+        return R_op(self.prediction, self.values, v)[0]  # type: ignore[no-any-return]
+
+    def _push_through_kept(self, v: Columns) -> Tensor:
+        if self._pulled is None:
+            u = torch.zeros_like(self.prediction).requires_grad_()
+            gradients = grad(self.prediction, self.values, u, create_graph=True, allow_unused=True)
+            self._pulled = u, gradients
+        u, gradients = self._pulled
+        pairs = [(g, c) for g, c in zip(gradients, v, strict=True) if g is not None and g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(u).detach()
+        outputs, columns = zip(*pairs, strict=True)
+        return grad(outputs, u, columns, retain_graph=True, materialize_grads=True)[0]
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        yield from super().held()
+        for gradient in () if self._pulled is None else self._pulled[1]:
+            if gradient is not None:
+                yield from saved_tensors(gradient)
+
+
+def unstacked(V: Columns) -> list[list[Tensor]]:
+    """The columns of ``[*shape, K]``, each as a tensor for each parameter."""
+    return [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
 
 
 class SecondOrder:
@@ -182,6 +283,7 @@ class SecondOrder:
         self._engine = engine
         self.values = model.leaves()
         self.prediction = checked(model(self.values, X), engine, twice=True)
+        engine.learn_chunk_size(self.prediction)
         value = objective(self.prediction)
         self._gradients = gradients_of(model, value, self.values, create_graph=True)
 
@@ -189,6 +291,12 @@ class SecondOrder:
     def gradient(self) -> list[Tensor]:
         """The gradient, without its graph."""
         return [g.detach() for g in filled(self._gradients, self.values)]
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        for gradient in self._gradients:
+            if gradient is not None:
+                yield from saved_tensors(gradient)
 
     def matmat(self, V: Columns) -> list[Tensor]:
         """The Hessian times columns-last tensors ``[*shape, K]``."""
@@ -227,64 +335,37 @@ def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:
     return prediction
 
 
-def linearize(model: FunctionalModel, X: Any, engine: Engine) -> Linearization:
+def linearize(model: FunctionalModel, X: Any, engine: Engine, use: Use = Use()) -> Linearization:  # noqa: B008
     """The model at one mini-batch, by the engine that fits it."""
-    return (ForwardMode if engine.forward_mode else DoubleBackward)(model, X, engine)
+    return (ForwardMode if engine.forward_mode else DoubleBackward)(model, X, engine, use)
 
 
-def backward(outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], engine: Engine) -> list[Tensor]:
+def backward(
+    outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], engine: Engine, retain: bool = True
+) -> list[Tensor]:
     """Pull columns-last tensors ``[*out, K]`` back to the values, at once under vmap where the model allows it."""
     if U[0].shape[-1] > 1 and engine.vmap:
         try:
-            return _pull(outputs, values, [u.movedim(-1, 0).contiguous() for u in U], batched=True)
+            return _pull(outputs, values, [u.movedim(-1, 0).contiguous() for u in U], batched=True, retain=retain)
         except RuntimeError as error:
             engine.give_up_vmap(error)
-    columns = [_pull(outputs, values, [u[..., k] for u in U], batched=False) for k in range(U[0].shape[-1])]
+    columns = [
+        _pull(outputs, values, [u[..., k] for u in U], batched=False, retain=retain) for k in range(U[0].shape[-1])
+    ]
     return [torch.cat(parts, -1) for parts in zip(*columns, strict=True)] if len(columns) > 1 else columns[0]
 
 
-def _pull(outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], batched: bool) -> list[Tensor]:
-    gradients = grad(outputs, values, U, retain_graph=True, allow_unused=True, is_grads_batched=batched)
+def _pull(
+    outputs: Sequence[Tensor], values: Sequence[Tensor], U: Sequence[Tensor], batched: bool, retain: bool
+) -> list[Tensor]:
+    gradients = grad(outputs, values, U, retain_graph=retain, allow_unused=True, is_grads_batched=batched)
     num_columns = U[0].shape[0] if batched else 1
     return [
-        v.new_zeros(*v.shape, num_columns) if g is None else (g.movedim(0, -1) if batched else g.unsqueeze(-1))
+        v.new_zeros(num_columns, *v.shape).movedim(0, -1)
+        if g is None
+        else (g.movedim(0, -1) if batched else g.unsqueeze(-1))
         for v, g in zip(values, gradients, strict=True)
     ]
-
-
-def in_chunks(product: Callable[[list[Tensor]], list[Tensor]], M: list[Tensor], chunk_size: int | None) -> list[Tensor]:
-    """Apply a product to a few columns at a time, fewer when memory runs out.
-
-    Args:
-        product: The product of columns-last tensors.
-        M: Columns-last tensors ``[*shape, K]``.
-        chunk_size: Columns at a time, ``None`` for the default.
-    """
-    num_columns = M[0].shape[-1]
-    size = min(chunk_size or DEFAULT_CHUNK_SIZE, num_columns)
-    result: list[Tensor] = []
-    start = 0
-    while start < num_columns:
-        try:
-            part = product([_column_by_column(m[..., start : start + size]) for m in M])
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or size == 1:
-                raise
-            size //= 2
-            continue
-        if size == num_columns:
-            return part
-        if not result:
-            result = [p.new_empty(*p.shape[:-1], num_columns) for p in part]
-        for r, p in zip(result, part, strict=True):
-            r[..., start : start + size] = p
-        start += size
-    return result if result else product(M)
-
-
-def _column_by_column(columns: Tensor) -> Tensor:
-    """The same tensor ``[*shape, K]``, laid out in memory as the network wants it: one column after the other."""
-    return columns.movedim(-1, 0).contiguous().movedim(0, -1) if columns.shape[-1] > 1 else columns
 
 
 def is_out_of_memory(error: BaseException) -> bool:

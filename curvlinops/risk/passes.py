@@ -9,17 +9,78 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.risk.columns import Piece
+from curvlinops.risk.linearization import Use
+
 
 @dataclass
 class Pass:
-    """What one rank found in one pass over its data."""
+    """What one rank found in one pass over its data.
+
+    Attributes:
+        sums: What is summed over mini-batches.
+        denominator: The sum of their denominators.
+        use: What linearisations are for in this pass.
+        num_data: Number of data, where somebody asks for it.
+        num_batches: Number of mini-batches.
+        are_ours: Whether the sums share no memory with the mini-batches' own results.
+        disagreements: Outcomes of comparisons of the two ways through the network.
+        error: What went wrong, where other ranks wait for it.
+    """
 
     sums: list[Tensor]
     denominator: Tensor
+    use: Use = field(default_factory=Use)
     num_data: int = 0
     num_batches: int = 0
+    are_ours: bool = True
     disagreements: list[Tensor] = field(default_factory=list)
     error: BaseException | None = None
+
+    @staticmethod
+    def empty(shapes: Sequence[Sequence[int]], like: Tensor, use: Use) -> Pass:
+        """A pass that has not begun; sums are in at least float32 and have each column in one piece of memory."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        sums = [
+            torch.zeros(*shape[-1:], *shape[:-1], dtype=dtype, device=like.device).movedim(0, -1)
+            if shape
+            else torch.zeros((), dtype=dtype, device=like.device)
+            for shape in map(tuple, shapes)
+        ]
+        return Pass(sums, torch.zeros((), dtype=torch.float64, device=like.device), use)
+
+    def add(self, batch: int, piece: Piece) -> None:
+        """Add a mini-batch's result, or some columns of it.
+
+        Raises:
+            ValueError: If it has not the shapes of the sums.
+        """
+        columns, tensors = piece
+        is_whole = columns is None or all(columns == slice(0, s.shape[-1]) for s in self.sums)
+        sums = self.sums if is_whole else [s[..., columns] for s in self.sums]
+        if [t.shape for t in tensors] != [s.shape for s in sums]:
+            raise ValueError(
+                f"Mini-batch {batch}: expected tensors of shapes {[list(s.shape) for s in sums]}, got "
+                f"{[list(t.shape) for t in tensors]}."
+            )
+        tensors = [t.detach().to(s.dtype) for t, s in zip(tensors, sums, strict=True)]
+        if not tensors:
+            return
+        if is_whole and self.num_batches == 0:
+            # Not copied; it can be the user's own vector (the gradient of an identity is).
+            self.sums, self.are_ours = tensors, False
+        elif is_whole and not self.are_ours:
+            self.sums, self.are_ours = list(torch._foreach_add(sums, tensors)), True
+        else:
+            torch._foreach_add_(sums, tensors)
+
+    def scaled(self, denominator: float | None) -> list[Tensor]:
+        """The sums, divided by a number if there is one."""
+        if self.are_ours:
+            if denominator is not None and self.sums:
+                torch._foreach_div_(self.sums, denominator)
+            return self.sums
+        return [s.clone() if denominator is None else s / denominator for s in self.sums]
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

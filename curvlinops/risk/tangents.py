@@ -26,21 +26,34 @@ _ATTENTION_KERNELS = [
 ]
 
 
+class TooLargeError(RuntimeError):
+    """A forward that holds more than it may."""
+
+
 class TangentRules(TorchFunctionMode):
     """Applies the rules to the calls they are for, while it is active inside of a dual level.
 
     Args:
-        under_vmap: Whether many columns are pushed at once; only the rule that changes the result applies then.
+        max_bytes: Bytes that what the calls return may add up to.
+
+    Raises:
+        TooLargeError: If it adds up to more.
     """
 
-    def __init__(self, under_vmap: bool = False) -> None:
+    def __init__(self, max_bytes: int | None = None) -> None:
         super().__init__()
-        self._rules: Mapping[Any, Callable[..., Any]] = _UNDER_VMAP if under_vmap else _RULES
+        self._bytes_left = max_bytes
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        rule = self._rules.get(func)
+        rule = _RULES.get(func)
         result = None if rule is None else rule(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {})) if result is None else result
+        if result is None:
+            result = func(*args, **(kwargs or {}))
+        if self._bytes_left is not None and isinstance(result, Tensor) and not result._is_view():
+            self._bytes_left -= result.numel() * result.element_size()
+            if self._bytes_left < 0:
+                raise TooLargeError("The activations of this mini-batch are too large to be held with their tangents.")
+        return result
 
 
 def _unpack(tensor: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -125,17 +138,19 @@ def _layer_norm(
         return None
     primal: Tensor = func(x, normalized_shape, w, b, eps)
     with torch.no_grad():
-        axes = tuple(range(-len(tuple(normalized_shape)), 0))
-        z, _, inverse_deviation = torch.native_layer_norm(x, list(normalized_shape), None, None, eps)
-        tangent = torch.zeros_like(z) if dx is None else dx - dx.mean(axes, keepdim=True)
+        z, mean, inverse_deviation = torch.native_layer_norm(x, list(normalized_shape), None, None, eps)
+        tangent = torch.zeros_like(z)
         if dx is not None:
-            tangent.addcmul_(z, (z * dx).mean(axes, keepdim=True), value=-1).mul_(inverse_deviation)
+            # The Jacobian of x -> z is symmetric, so that the kernel for its transpose serves.
+            tangent = torch.ops.aten.native_layer_norm_backward(
+                dx, x, list(normalized_shape), mean, inverse_deviation, None, None, [True, False, False]
+            )[0]
         if w is not None:
-            tangent.mul_(w)
+            tangent = tangent * w if db is None else torch.addcmul(db, tangent, w)
+        elif db is not None:
+            tangent = tangent + db
         if dw is not None:
             tangent.addcmul_(z, dw.expand_as(z))
-        if db is not None:
-            tangent.add_(db)
     return _dual(primal, tangent)
 
 
@@ -162,15 +177,12 @@ def _attention(
     with sdpa_kernel(_ATTENTION_KERNELS):
         primal: Tensor = func(q, k, v, mask, 0.0, is_causal, scale=scale)
     with torch.no_grad():
-        P = _attention_weights(q * factor, k, mask, is_causal)
-        scores = _sum_of(
-            None if dq is None else (dq * factor) @ k.mT,
-            None if dk is None else (q * factor) @ dk.mT,
-        )
-        tangent = None if dv is None else P @ dv
-        if scores is not None:
-            dP = P * (scores - (P * scores).sum(-1, keepdim=True))
-            tangent = _sum_of(tangent, dP @ v)
+        scaled = q * factor
+        P = _attention_weights(scaled, k, mask, is_causal)
+        scores = _sum_of_products(None if dq is None else (dq * factor, k.mT), None if dk is None else (scaled, dk.mT))
+        # The Jacobian of softmax is symmetric, so that the kernel for its transpose serves.
+        dP = None if scores is None else torch.ops.aten._softmax_backward_data(scores, P, -1, P.dtype)
+        tangent = _sum_of_products(None if dv is None else (P, dv), None if dP is None else (dP, v))
     assert tangent is not None
     return _dual(primal, tangent)
 
@@ -187,19 +199,49 @@ def _attention_weights(scaled_query: Tensor, key: Tensor, mask: Tensor | None, i
     return scores.softmax(-1).masked_fill(scores == -torch.inf, 0.0)
 
 
-def _sum_of(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def _sum_of_products(one: tuple[Tensor, Tensor] | None, other: tuple[Tensor, Tensor] | None) -> Tensor | None:
+    """A B + C D, where either product may be missing, with the second added onto the first in one go."""
     if one is None or other is None:
-        return other if one is None else one
-    return one.add_(other)
+        A, B = one or other or (None, None)
+        return None if A is None or B is None else A @ B
+    (A, B), (C, D) = one, other
+    if A.ndim < 3 or any(t.shape[:-2] != A.shape[:-2] for t in (B, C, D)):
+        return A @ B + C @ D
+    total = A @ B
+    total.view(-1, *total.shape[-2:]).baddbmm_(C.reshape(-1, *C.shape[-2:]), D.reshape(-1, *D.shape[-2:]))
+    return total
 
 
-_UNDER_VMAP: Mapping[Any, Callable[..., Any]] = {F.embedding: _embedding, torch.embedding: _torch_embedding}
+def _gelu(func: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
+    """A product with the derivative, which is expensive and which a tape so finds only once."""
+    x, dx = _unpack(input)
+    if x is None or dx is None:
+        return None
+    primal: Tensor = func(x, approximate=approximate)
+    one = dx.new_ones(()).expand_as(dx)
+    derivative = torch.ops.aten.gelu_backward(one, x.detach(), approximate=approximate)
+    return _dual(primal, dx * derivative)
+
+
+def _silu(func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
+    """As `_gelu`."""
+    x, dx = _unpack(input)
+    if x is None or dx is None or inplace:
+        return None
+    primal: Tensor = func(x)
+    derivative = torch.ops.aten.silu_backward(dx.new_ones(()).expand_as(dx), x.detach())
+    return _dual(primal, dx * derivative)
+
+
 _RULES: Mapping[Any, Callable[..., Any]] = {
-    **_UNDER_VMAP,
+    F.embedding: _embedding,
+    torch.embedding: _torch_embedding,
     F.linear: _linear,
     F.conv1d: _affine,
     F.conv2d: _affine,
     F.conv3d: _affine,
     F.layer_norm: _layer_norm,
     F.scaled_dot_product_attention: _attention,
+    F.gelu: _gelu,
+    F.silu: _silu,
 }
