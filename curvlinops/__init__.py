@@ -10,6 +10,7 @@ from curvlinops.curvature.jacobian import JacobianLinearOperator, TransposedJaco
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.exact import exact_diagonal, exact_trace
+from curvlinops.operators.low_rank import LowRankLinearOperator
 from curvlinops.operators.parts import SubmatrixLinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import BlockDiagonal, Diagonal, IdentityLinearOperator
@@ -32,6 +33,7 @@ __all__ = [
     "IdentityLinearOperator",
     "JacobianLinearOperator",
     "LinearOperator",
+    "LowRankLinearOperator",
     "Space",
     "SubmatrixLinearOperator",
     "TensorLinearOperator",

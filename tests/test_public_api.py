@@ -37,6 +37,7 @@ CURVATURE: dict[str, dict[str, Any]] = {
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "CGInverseLinearOperator": {"A": REQUIRED},
+    "LowRankLinearOperator": {"U": REQUIRED, "s": None, "c": 0.0},
     "SubmatrixLinearOperator": {"A": REQUIRED, "row_idxs": REQUIRED, "col_idxs": REQUIRED},
     "examples.IdentityLinearOperator": {"shapes": REQUIRED, "device": ..., "dtype": ...},
     "examples.TensorLinearOperator": {"A": REQUIRED},
@@ -82,6 +83,8 @@ def test_argument_orders_and_defaults(name: str) -> None:
         ("Diagonal", "inverse", {"damping": 0.0}),
         ("BlockDiagonal", "inverse", {"damping": 0.0}),
         ("TensorLinearOperator", "inverse", {"damping": 0.0}),
+        ("LowRankLinearOperator", "inverse", {"damping": 0.0}),
+        ("LowRankLinearOperator", "sample", {"num_samples": REQUIRED, "seed": SEED, "generator": None}),
         ("SubmatrixLinearOperator", "set_submatrix", {"row_idxs": REQUIRED, "col_idxs": REQUIRED}),
         ("LinearOperator", "to_scipy", {"dtype": None}),
         ("LinearOperator", "adjoint", {}),

@@ -1,4 +1,4 @@
-"""Sums, scalings, chains and adjoints: small lazy nodes."""
+"""Sums, scalings, chains, adjoints and stacks: small lazy nodes."""
 
 from __future__ import annotations
 
@@ -270,3 +270,29 @@ class Adjoint(Node):
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return change(self.operator).H
+
+
+class HStack(Node):
+    """Operators side by side, [U₁ U₂ ...]: one codomain, and a flat domain that concatenates theirs."""
+
+    def __init__(self, operators: Sequence[LinearOperator]) -> None:
+        codomain = operators[0].codomain
+        for operator in operators[1:]:
+            codomain = codomain.join(operator.codomain, "stack")
+        numel = sum(operator.shape[1] for operator in operators)
+        super().__init__(Space.flat(numel, codomain.dtype, codomain.device), codomain)
+        self.operators = list(operators)
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        parts = X[0].split([operator.shape[1] for operator in self.operators])
+        pairs = zip(self.operators, parts, strict=True)
+        return _accumulate(_recut(U._matmat(U.domain.split(x)), U.codomain, self.codomain) for U, x in pairs)
+
+    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
+        return [Space.merge([Space.merge(U._rmatmat(_recut(X, self.codomain, U.codomain))) for U in self.operators])]
+
+    def _inside(self) -> Sequence[LinearOperator]:
+        return self.operators
+
+    def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
+        return HStack([change(operator) for operator in self.operators])

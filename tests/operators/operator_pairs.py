@@ -16,6 +16,7 @@ from curvlinops import (
     Diagonal,
     IdentityLinearOperator,
     LinearOperator,
+    LowRankLinearOperator,
     Space,
     SubmatrixLinearOperator,
     TensorLinearOperator,
@@ -105,6 +106,17 @@ def _mixed_blocks(seed: int) -> Pair:
     return Pair(BlockDiagonal(blocks), torch.block_diag(torch.diag(entries.flatten()), matrix), f"mixed_blocks{seed}")
 
 
+def _low_rank(space: str, seed: int) -> Pair:
+    """Fewer or more columns than dimensions, dense or known by products only; weights of both signs or of one."""
+    D, R = SIZES[space], 2 + 4 * (seed % 2)
+    U, s, c = noise(D, R, seed=seed), noise(R, seed=seed + 1), float(seed % 3)
+    s = s.abs() if seed % 4 < 2 else s
+    flat = Space.flat(R, torch.float64, CPU)
+    columns = TensorLinearOperator(U) if seed % 5 == 0 else MatrixOperator(U, flat, _space(space))
+    matrix = U @ torch.diag(s) @ U.T + c * torch.eye(D, dtype=torch.float64)
+    return Pair(LowRankLinearOperator(columns, s, c), matrix, f"low_rank{seed}")
+
+
 def _params_leaf(kind: str, seed: int) -> Pair:
     entries = noise(5, seed=seed)
     tensors = [entries[:4].reshape(2, 2), entries[4:]]
@@ -137,10 +149,12 @@ def leaves(draw: st.DrawFn, rows: str, columns: str) -> Pair:
     seed = draw(st.integers(0, 9))
     general = ["dense", "general"]
     square = {
-        "params": ["named diagonal", "list diagonal", "identity", "curvature", "blocks", "mixed blocks"],
-        "outputs": ["flat diagonal", "submatrix"],
+        "params": ["named diagonal", "list diagonal", "identity", "curvature", "blocks", "mixed blocks", "low rank"],
+        "outputs": ["flat diagonal", "submatrix", "low rank"],
     }
     kind = draw(st.sampled_from(general + (square[rows] if rows == columns else [])))
+    if kind == "low rank":
+        return _low_rank(rows, seed)
     if kind not in general:
         return (_params_leaf if rows == "params" else _outputs_leaf)(kind, seed)
     is_symmetric = rows == columns and draw(st.booleans())
