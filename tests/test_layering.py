@@ -13,9 +13,10 @@ PACKAGE = Path(curvlinops.__file__).parent
 
 #: Which rooms a room may import, besides itself. "public" stands for the names of ``curvlinops.__all__``.
 ALLOWED: dict[str, set[str]] = {
-    "operators": set(),
-    "risk": set(),
-    "curvature": {"operators", "risk"},
+    "memory": set(),
+    "operators": {"memory"},
+    "risk": {"memory"},
+    "curvature": {"memory", "operators", "risk"},
     "solvers": {"operators"},
     "estimators": {"operators", "solvers"},
     "applications": {"public"},

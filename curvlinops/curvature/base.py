@@ -11,16 +11,21 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.risk.collective import raise_together
+from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
 from curvlinops.risk.determinism import check_deterministic as run_determinism_check
 from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
-from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
+from curvlinops.risk.keeping import Keeper
+from curvlinops.risk.linearization import Use
 from curvlinops.risk.losses import as_loss
 from curvlinops.risk.model import FunctionalModel, Parameters
+from curvlinops.risk.surroundings import RandomStates
 
-#: Maps columns-last tensors to the product with the sum over one mini-batch's data.
+#: Maps columns-last tensors to the product with the sum over one mini-batch's data. One with a method ``held()``, which
+#: yields the tensors it holds, can be kept by :meth:`CurvatureLinearOperator.linearize`.
 BatchProduct = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -181,16 +186,19 @@ class CurvatureLinearOperator(LinearOperator):
         """Called before the first mini-batch of each pass."""
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        use = replace(self._risk.use, is_reused=True) if X[0].shape[-1] > 1 else self._risk.use
         columns = column_by_column(X)
-        result = self._risk.total(lambda: self._batch_sum(columns), [x.shape for x in X], "product", use)
+        result = self._risk.total(lambda: self._batch_sum(columns), [x.shape for x in X], "product", self._use(X))
         return [r.to(self.dtype) for r in result]
+
+    def _use(self, columns: list[Tensor]) -> Use:
+        """What linearisations are for: more columns make them worth more preparation."""
+        return replace(self._risk.use, is_reused=True) if columns[0].shape[-1] > 1 else self._risk.use
 
     def _batch_sum(self, M: list[Tensor]) -> BatchSum:
         self._begin_pass()
         if self._is_users_own:
             return lambda X, y: self._users_sum(X, y, M)
-        return lambda X, y: in_chunks(self._linearize_batch(X, y), M, self._chunk_sizes())
+        return lambda X, y: in_chunks(self._risk.kept(lambda: self._linearize_batch(X, y)), M, self._chunk_sizes())
 
     def _chunk_sizes(self) -> Callable[[], int]:
         """Columns that go through the network together, chunk by chunk: what the user says, or what suits the model.
@@ -224,16 +232,22 @@ class CurvatureLinearOperator(LinearOperator):
         with torch.inference_mode(False):
             return self._risk.gradient_and_loss()
 
+    def _copied(self) -> Self:
+        result = copy.copy(self)
+        result._risk = copy.copy(self._risk)
+        return result
+
     def frozen(self) -> Self:
         """The same matrix at copies of the model's parameters and buffers, which later training does not change.
 
         Raises:
             NotImplementedError: If the model closes over its parameters.
         """
+        if self._is_frozen:
+            return self
         with torch.inference_mode(False):
             model = self._risk.model.frozen()
-        result = copy.copy(self)
-        result._risk = copy.copy(self._risk)
+        result = self._copied()
         result._risk.model = model
         result._model_func = model.model_func
         result._is_frozen = True
@@ -241,8 +255,54 @@ class CurvatureLinearOperator(LinearOperator):
 
     _is_frozen = False
 
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> Self:
+        """The same matrix, frozen, whose per-batch products are kept so that further ones cost less.
+
+        The first product prepares each mini-batch and keeps what it prepared, as long as it fits; the others are
+        streamed. Memory is released when the operator is dropped.
+
+        Args:
+            max_memory: Bytes that may be kept, by default a quarter of the device's memory; 0 streams everything and
+                holds no more than a gradient does.
+            engine: ``"tangents"``, ``"factors"``, or ``"auto"`` for the one that is cheaper and fits.
+
+        Raises:
+            NotImplementedError: If the model closes over its parameters, or has no such engine.
+            ValueError: If an argument is not understood.
+        """
+        budget = _checked_budget(max_memory, self.device)
+        _check_engine(engine)
+        if self._risk.keeper is not None and max_memory is None and engine in ("auto", self._engine):
+            return self
+        result = self._copied() if self._is_frozen else self.frozen()
+        if result._is_users_own:
+            return result
+        risk = result._risk
+        risk.engine = copy.copy(risk.engine)
+        risk.keeper = Keeper(budget, risk.model.params, RandomStates(risk.data, risk.device))
+        risk.use = Use(is_lean=budget == 0, max_bytes=budget)
+        result._engine = engine
+        return result
+
+    #: The engine that :meth:`linearize` was asked for.
+    _engine = "auto"
+
     def _repr_extra(self) -> str:
-        return ", frozen" if self._is_frozen else ""
+        frozen = ", frozen" if self._is_frozen else ""
+        return frozen if self._risk.keeper is None else f"{frozen}, linearised: {self._risk.keeper.describe()}"
+
+
+def _checked_budget(max_memory: int | None, device: torch.device) -> int:
+    if max_memory is None:
+        return default_budget(device)
+    if not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 0:
+        raise ValueError(f"max_memory: expected a number of bytes of at least 0, got {max_memory!r}.")
+    return max_memory
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in ("auto", "tangents", "factors"):
+        raise ValueError(f"engine: expected 'auto', 'tangents' or 'factors', got {engine!r}.")
 
 
 def _checked_chunk_size(chunk_size: int | str) -> int | None:

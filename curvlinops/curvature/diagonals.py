@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
 from curvlinops.curvature.gradient_moments import require_terms
-from curvlinops.curvature.sandwich import GaussNewtonFactor, Sampling, sandwich_product
+from curvlinops.curvature.sandwich import GaussNewtonFactor, Sampling, SandwichProduct
 from curvlinops.operators.base import unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
@@ -68,7 +68,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 
     def _diagonal_by_products(self, X: Any, y: Any) -> list[Tensor]:
         """The diagonal from products with all unit vectors: all that is left where the loss has no terms."""
-        product = sandwich_product(self._risk, X, y, self._loss_factor)
+        product = SandwichProduct(self._risk, X, y, self._loss_factor)
         parts = []
         for units in unit_columns(self.domain, self._chunk_size or DEFAULT_CHUNK_SIZE):
             parts.append((units * Space.merge(product(self.domain.split(units)))).sum(0))
@@ -77,6 +77,11 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         diagonal = self._diagonal_batch(X, y)
         return lambda M: [d.unsqueeze(-1) * m for d, m in zip(diagonal, M, strict=True)]
+
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> Self:
+        """Itself, computed."""
+        _ = self._entries
+        return self
 
     def frozen(self) -> Self:
         """Itself, once computed; otherwise the diagonal at copies of parameters and buffers."""

@@ -73,4 +73,4 @@ class HessianLinearOperator(L2Regularized):
         self._set_l2(l2)
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
-        return self._risk.second_order(X, y).matmat
+        return self._risk.second_order(X, y)

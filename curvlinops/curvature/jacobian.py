@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
 from curvlinops.operators.algebra import Adjoint
 from curvlinops.operators.space import Space
-from curvlinops.risk.empirical_risk import BatchSum
 from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
+from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
 from curvlinops.risk.model import Parameters
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
 
@@ -114,48 +114,65 @@ class JacobianLinearOperator(CurvatureLinearOperator):
             parts.clear()
 
             def push(inputs: Any, y: Any) -> list[Piece]:
-                parts.extend(gathered(in_chunks(self._linearize_batch(inputs, y), columns, self._chunk_sizes())))
+                product = risk.kept(lambda: BatchJacobian(risk, inputs, checking=not self._is_checked))
+                parts.extend(gathered(in_chunks(product, columns, self._chunk_sizes())))
                 return []
 
             return push
 
-        risk.total(begin, [], "product with the Jacobian")
+        risk.total(begin, [], "product with the Jacobian", self._use(X))
         self._is_checked = True
         if [tuple(p.shape[:-1]) for p in parts] != expected:
             raise ValueError("The predictions changed their shapes between two passes over the data.")
         return [torch.cat(parts)] if len(self.codomain.shapes) == 1 else parts
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        parts = self._cut(X)
+        parts = column_by_column(self._cut(X))
         shapes = [(*shape, X[0].shape[-1]) for shape in self.domain.shapes]
-        result = self._risk.total(lambda: _pulling(self, parts), shapes, "product with the transposed Jacobian")
+
+        def begin() -> BatchSum:
+            remaining = iter(parts)
+
+            def pull(inputs: Any, y: Any) -> Iterator[Piece]:
+                self._risk.check_directions(inputs)
+                product = self._risk.kept(lambda: BatchJacobian(self._risk, inputs))
+                return in_chunks(product.pull, [next(remaining)], self._chunk_sizes())
+
+            return pull
+
+        result = self._risk.total(begin, shapes, "product with the transposed Jacobian", self._use(X))
         return [r.to(self.dtype) for r in result]
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
-        lin = self._risk.linearize(X)
-        checking = not self._is_checked
-
-        def product(V: list[Tensor]) -> list[Tensor]:
-            nonlocal lin
-            lin, JV = self._risk.push(lin, X, V)
-            if checking:  # a product needs no pull, so the two are compared in the first pass only
-                self._risk.note_products(JV, JV, V, lin.pull(JV))
-            if not JV.isfinite().all():
-                raise FloatingPointError("the product with the Jacobian is not finite.")
-            return [JV.to(self.dtype)]
-
-        return product
+        return BatchJacobian(self._risk, X)
 
 
-def _pulling(operator: JacobianLinearOperator, parts: list[Tensor]) -> BatchSum:
-    remaining = iter(parts)
+class BatchJacobian:
+    """The Jacobian at one mini-batch: as a call V -> J V, and as `pull`."""
 
-    def pull(X: Any, y: Any) -> Iterator[Piece]:
-        operator._risk.check_directions(X)
-        lin = operator._risk.linearize(X)
-        return in_chunks(lambda U: lin.pull(U[0]), column_by_column([next(remaining)]), operator._chunk_sizes())
+    def __init__(self, risk: EmpiricalRisk, X: Any, checking: bool = False) -> None:
+        self._risk = risk
+        self._X = X
+        self._checking = checking
+        self._lin = risk.linearize(X)
 
-    return pull
+    def __call__(self, V: list[Tensor]) -> list[Tensor]:
+        """J V for columns-last tensors of the parameters."""
+        self._lin, JV = self._risk.push(self._lin, self._X, V)
+        if self._checking:  # a product needs no pull, so the two are compared in the first pass only
+            self._risk.note_products(JV, JV, V, self._lin.pull(JV))
+            self._checking = False
+        if not JV.isfinite().all():
+            raise FloatingPointError("the product with the Jacobian is not finite.")
+        return [JV.to(self._risk.model.params[0].dtype)]
+
+    def pull(self, U: list[Tensor]) -> list[Tensor]:
+        """Jᵀ U for columns-last predictions."""
+        return self._lin.pull(U[0])
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        return self._lin.held()
 
 
 class TransposedJacobianLinearOperator(Adjoint):

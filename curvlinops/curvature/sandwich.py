@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -25,25 +25,34 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         raise NotImplementedError
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
-        return sandwich_product(self._risk, X, y, self._loss_factor)
+        return SandwichProduct(self._risk, X, y, self._loss_factor)
 
 
-def sandwich_product(risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> BatchProduct:
+class SandwichProduct:
     """The map V -> Jᵀ S Sᵀ J V of one mini-batch."""
-    lin = risk.linearize(X)
-    factors: list[LossFactor] = []
 
-    def product(V: list[Tensor]) -> list[Tensor]:
-        nonlocal lin
-        lin, JV = risk.push(lin, X, V)
-        if not factors:  # one draw a mini-batch, after the forward that the first push runs
-            factors.append(loss_factor(risk.terms(lin.output, X, y)))
-        U = factors[0].gram(JV)
-        R = lin.pull(U)
-        risk.note_products(U, JV, V, R)
+    def __init__(self, risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> None:
+        self._risk = risk
+        self._X, self._y = X, y
+        self._make_factor = loss_factor
+        self._lin = risk.linearize(X)
+        self._factor: LossFactor | None = None
+
+    def __call__(self, V: list[Tensor]) -> list[Tensor]:
+        """Multiply columns-last tensors."""
+        self._lin, JV = self._risk.push(self._lin, self._X, V)
+        is_first = self._factor is None
+        if self._factor is None:  # one draw a mini-batch, after the forward that the first push runs
+            self._factor = self._make_factor(self._risk.terms(self._lin.output, self._X, self._y))
+        U = self._factor.gram(JV)
+        R = self._lin.pull(U)
+        if is_first:
+            self._risk.note_products(U, JV, V, R)
         return R
 
-    return product
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that are held between products."""
+        return self._lin.held()
 
 
 class Sampling:
@@ -85,4 +94,5 @@ class GaussNewtonFactor:
         if self._sampling.num_samples == 0:
             return HessianFactor(terms)
         generator = self._sampling.generator(self._risk.device, self._risk.rank)
+        self._risk.rewind(generator)
         return sampled_factor(terms, self._sampling.num_samples, generator)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor
 
+from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 
@@ -73,9 +74,9 @@ class Reshaped(LinearOperator):
         source = self.operator.codomain
         return self.domain.split(Space.merge(self.operator._rmatmat(source.split(Space.merge(X)))))
 
-    def linearize(self, max_memory: int | None = None) -> LinearOperator:
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
         """Linearise what is inside."""
-        return Reshaped(self.operator.linearize(max_memory), self.domain, self.codomain)
+        return Reshaped(self.operator.linearize(max_memory, engine=engine), self.domain, self.codomain)
 
     def frozen(self) -> LinearOperator:
         """Freeze what is inside."""
@@ -87,6 +88,14 @@ def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOpe
     if operator.domain.shapes == domain.shapes and operator.codomain.shapes == codomain.shapes:
         return operator
     return Reshaped(operator, domain, codomain)
+
+
+def shared_memory(max_memory: int | None, operators: Sequence[LinearOperator]) -> int | None:
+    """What each of several operators may keep when all are linearised; those with nothing to prepare keep nothing."""
+    prepared = [o for o in operators if type(o).linearize is not LinearOperator.linearize]
+    if len(prepared) < 2:
+        return max_memory
+    return (default_budget(prepared[0].device) if max_memory is None else max_memory) // len(prepared)
 
 
 class Node(LinearOperator):
@@ -104,9 +113,10 @@ class Node(LinearOperator):
     def _repr_extra(self) -> str:
         return f", of {', '.join(type(operator).__name__ for operator in self._inside())}"
 
-    def linearize(self, max_memory: int | None = None) -> LinearOperator:
-        """The node over linearised operators."""
-        return self._rebuilt(lambda operator: operator.linearize(max_memory))
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
+        """The node over linearised operators, which share the memory."""
+        share = shared_memory(max_memory, self._inside())
+        return self._rebuilt(lambda operator: operator.linearize(share, engine=engine))
 
     def frozen(self) -> LinearOperator:
         """The node over frozen operators."""

@@ -78,11 +78,12 @@ class LinearOperator(ABC):
             return self._matmat(X)
         raise NotImplementedError(f"{type(self).__name__} has no adjoint: implement _rmatmat.")
 
-    def linearize(self, max_memory: int | None = None) -> LinearOperator:
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
         """The same operator, prepared for many products; itself where there is nothing to prepare.
 
         Args:
             max_memory: Bytes that may be kept between products.
+            engine: How curvature matrices go through their networks.
         """
         return self
 

@@ -96,9 +96,9 @@ class LowRankLinearOperator(LinearOperator):
             result = torch.add(result, Space.merge(X).to(result.dtype), alpha=self.c)
         return self.domain.split(result.to(self.dtype))
 
-    def linearize(self, max_memory: int | None = None) -> LowRankLinearOperator:
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LowRankLinearOperator:
         """The same matrix over linearised columns."""
-        return self._over(self.U.linearize(max_memory))
+        return self._over(self.U.linearize(max_memory, engine=engine))
 
     def frozen(self) -> LowRankLinearOperator:
         """The same matrix over columns that hold their values; itself where they do."""

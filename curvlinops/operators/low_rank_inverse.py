@@ -46,9 +46,9 @@ class LowRankInverse(LowRankLinearOperator):
         """The operator (A + damping · I)⁻¹; what this is the inverse of where the damping is zero."""
         return self.source if damping == 0 else super().inverse(damping)
 
-    def linearize(self, max_memory: int | None = None) -> LowRankLinearOperator:
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LowRankLinearOperator:
         """The same matrix over linearised columns."""
-        source = self.source.linearize(max_memory)
+        source = self.source.linearize(max_memory, engine=engine)
         return self if source is self.source else LowRankInverse(source, self._part.core)
 
     def _eigenvalues(self) -> tuple[Tensor, int]:

@@ -94,9 +94,11 @@ class Space:
     @staticmethod
     def merge(columns: Sequence[Tensor]) -> Tensor:
         """Glue columns-last tensors ``[*shape, K]`` to ``[D, K]``, each column in one piece of memory."""
-        if len(columns) == 1:
-            return columns[0].flatten(0, -2)
-        return torch.cat([c.movedim(-1, 0).reshape(c.shape[-1], prod(c.shape[:-1])) for c in columns], 1).T
+        together = _as_one(columns)
+        if together is not None:
+            return together
+        rows = [c.movedim(-1, 0).reshape(c.shape[-1], prod(c.shape[:-1])) for c in columns]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)).T
 
     def read(self, M: Any, columns_first: bool = False) -> tuple[list[Tensor], Format]:
         """Bring a vector or matrix in any of the four formats to columns-last tensors.
@@ -200,6 +202,19 @@ class Format:
             return flat.squeeze(-1) if self.is_vector else (flat.T if self.columns_first else flat)
         moved = [c.squeeze(-1) if self.is_vector else (c.movedim(-1, 0) if self.columns_first else c) for c in columns]
         return dict(zip(space.names or (), moved, strict=True)) if self.kind == "dict" else moved
+
+
+def _as_one(columns: Sequence[Tensor]) -> Tensor | None:
+    """The matrix ``[D, K]`` that columns-last tensors are the consecutive rows of, where they share its memory."""
+    first, num_columns = columns[0], columns[0].shape[-1]
+    numel = sum(c[..., 0].numel() for c in columns)
+    offset = first.storage_offset()
+    for c in columns:
+        same = c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.storage_offset() == offset
+        if num_columns < 2 or numel == 0 or not same or c.stride(-1) != numel or not c[..., 0].is_contiguous():
+            return None
+        offset += c[..., 0].numel()
+    return torch.as_strided(first, (numel, num_columns), (1, numel))
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.operators.algebra import shared_memory
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 
@@ -229,9 +230,10 @@ class BlockDiagonal(LinearOperator):
         """The same operator with frozen blocks."""
         return self._rebuilt([block.frozen() for block in self.blocks])
 
-    def linearize(self, max_memory: int | None = None) -> BlockDiagonal:
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> BlockDiagonal:
         """The same operator with linearised blocks."""
-        return self._rebuilt([block.linearize(max_memory) for block in self.blocks])
+        share = shared_memory(max_memory, self.blocks)
+        return self._rebuilt([block.linearize(share, engine=engine) for block in self.blocks])
 
     def adjoint(self) -> LinearOperator:
         """The block-diagonal operator of the adjoints."""

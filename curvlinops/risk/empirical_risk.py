@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
+from curvlinops.memory import default_budget
 from curvlinops.risk.batches import Batch, read_batch, visible_size
 from curvlinops.risk.collective import all_reduced, rank_of
 from curvlinops.risk.columns import Piece
+from curvlinops.risk.keeping import Keeper, T
 from curvlinops.risk.linearization import (
     Engine,
     Linearization,
@@ -75,7 +78,8 @@ class EmpiricalRisk:
         self.weight_fn = weight_fn
         self.process_group = process_group
         self.engine = Engine(forward_mode=not model.is_closure)
-        self.use = Use()
+        self.use = Use(max_bytes=default_budget(self.device))
+        self.keeper: Keeper | None = None
         self._pass: Pass | None = None
 
     @property
@@ -99,10 +103,17 @@ class EmpiricalRisk:
         Raises:
             ValueError: If there is none, or an item is not understood.
         """
+        keeper = self.keeper
+        if keeper is not None and keeper.keeps_all:
+            yield from keeper.batches()
+            return
+        if keeper is not None:
+            keeper.prepare()
         items = tqdm(self.data, desc=f"{self.name}: {step}", disable=not self.progressbar, leave=False)
         index = -1
         for index, item in enumerate(items):
-            yield read_batch(index, item, self.device)
+            batch = read_batch(index, item, self.device)
+            yield batch if keeper is None else keeper.same(batch)
         if index < 0:
             raise ValueError("The data are empty: expected at least one mini-batch.")
 
@@ -137,15 +148,17 @@ class EmpiricalRisk:
                 raise found.error
             if not repeat:
                 self.check_num_data(found.num_data)
+                if self.keeper is not None:
+                    self.keeper.finish(found.num_batches)
                 if not are_finite(found.sums):
                     self._raise_not_finite(begin, step)
                 return self._scaled(found)
+            if self.keeper is not None:
+                self.keeper.forget()
             if disagrees:
                 self.engine = Engine(forward_mode=False)
 
-    def _local_pass(
-        self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use
-    ) -> Pass:
+    def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use) -> Pass:
         found = Pass.empty(shapes, self.model.params[0], use)
         self._pass = found
         try:
@@ -166,8 +179,11 @@ class EmpiricalRisk:
         return found
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
+        found.batch_index = batch.index
         for piece in batch_sum(batch.X, batch.y):
             found.add(batch.index, piece)
+        if self.keeper is not None:
+            self.keeper.settle(batch)
         found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
         found.num_batches += 1
         if self.num_data is not None:
@@ -297,7 +313,21 @@ class EmpiricalRisk:
 
     def linearize(self, X: Any) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
-        return linearize(self.model, X, self.engine, self.use if self._pass is None else self._pass.use)
+        return linearize(self.model, X, self.engine, self._current_use)
+
+    @property
+    def _current_use(self) -> Use:
+        """What a linearisation of the current mini-batch is for."""
+        if self._pass is None:
+            return self.use
+        is_kept = self.keeper is not None and self.keeper.wants(self._pass.batch_index)
+        return replace(self._pass.use, is_reused=True) if is_kept else self._pass.use
+
+    def kept(self, make: Callable[[], T]) -> T:
+        """What is kept of the current mini-batch; it is made where nothing is."""
+        if self.keeper is None or self._pass is None:
+            return make()
+        return self.keeper.obtain(self._pass.batch_index, make)
 
     def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
         """J V, going over to double backward where the model has no forward mode."""
@@ -316,6 +346,11 @@ class EmpiricalRisk:
             check_by_difference(self.model, X, linearization)
             self.engine.verified.add("differences")
         return linearization, linearization.push(V)
+
+    def rewind(self, generator: torch.Generator) -> None:
+        """Bring a generator to where it was when the current mini-batch drew first: kept ones draw no more."""
+        if self.keeper is not None and self._pass is not None:
+            self.keeper.rewind(self._pass.batch_index, generator)
 
     def second_order(self, X: Any, y: Any) -> SecondOrder:
         """The Hessian of a mini-batch's loss terms, summed."""

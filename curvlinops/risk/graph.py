@@ -28,13 +28,13 @@ def saved_tensors(prediction: Tensor) -> Iterator[Tensor]:
         if isinstance(node, BackwardCFunction):
             yield from (t for t in node.saved_tensors if isinstance(t, Tensor))
             continue
-        for name in _saved_names(type(node)):
+        for name in _saved_names(type(node)):  # type: ignore[arg-type]
             saved = getattr(node, name)
             yield from (t for t in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(t, Tensor))
 
 
 @cache
-def _saved_names(kind: type) -> tuple[str, ...]:
+def _saved_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_saved_"))
 
 

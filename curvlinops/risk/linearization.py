@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from backpack.hessianfree.rop import R_op
 from torch import Tensor
 from torch.autograd import forward_ad, grad
 
+from curvlinops.memory import num_bytes
 from curvlinops.risk.graph import has_convolution, named, refuse_by_name, saved_tensors
-from curvlinops.risk.memory import num_bytes
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.tangents import TangentRules, TooLargeError
 from curvlinops.risk.tape import NoTapeError, Tape, TapeRecorder
@@ -135,9 +135,9 @@ class Linearization(ABC):
         """J V."""
 
     def pull(self, U: Tensor) -> list[Tensor]:
-        """Jᵀ U, by one backward a column; a lean linearisation does so only once."""
+        """Jᵀ U, by one backward a column; a lean linearisation for a single product does so only once."""
         prediction = self.prediction
-        retain = not self.use.is_lean
+        retain = self.use.is_reused or not self.use.is_lean
         return self._model.holding(
             self.values, lambda: backward([prediction], self.values, [U.to(prediction.dtype)], self._engine, retain)
         )
@@ -163,7 +163,7 @@ class ForwardMode(Linearization):
                 with torch.no_grad():
                     replayed = torch.vmap(lambda *v: tape.replay(v, under_vmap=True))(*(v.movedim(-1, 0) for v in V))
                 return replayed.movedim(0, -1)
-            except (RuntimeError, ValueError, TypeError) as error:
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 self._engine.give_up_vmap(error)
         return torch.stack([self._push_one(column) for column in unstacked(V)], -1)
 
@@ -187,14 +187,15 @@ class ForwardMode(Linearization):
         if self._tape is not None:
             return self._replay(v)
         record = self._engine.fused and self._prediction is None and not self.use.is_lean
-        wants_tape = self.use.is_reused and self._engine.tape
+        wants_tape = self.use.is_reused and self._engine.tape and not self.use.is_lean
         try:
             return self._run(v, record, wants_tape)
         except NoTapeError:
             self._engine.tape = False
         except TooLargeError:
-            record = False
-        return self._run(v, record, wants_tape and self._engine.tape)
+            self.use = replace(self.use, is_lean=True)
+        lean = self.use.is_lean
+        return self._run(v, record and not lean, wants_tape and self._engine.tape and not lean)
 
     def _replay(self, v: Columns) -> Tensor:
         assert self._tape is not None
@@ -246,8 +247,7 @@ class DoubleBackward(Linearization):
     def _push_through_kept(self, v: Columns) -> Tensor:
         if self._pulled is None:
             u = torch.zeros_like(self.prediction).requires_grad_()
-            gradients = grad(self.prediction, self.values, u, create_graph=True, allow_unused=True)
-            self._pulled = u, gradients
+            self._pulled = u, grad(self.prediction, self.values, u, create_graph=True, allow_unused=True)
         u, gradients = self._pulled
         pairs = [(g, c) for g, c in zip(gradients, v, strict=True) if g is not None and g.requires_grad]
         if not pairs:
@@ -298,7 +298,7 @@ class SecondOrder:
             if gradient is not None:
                 yield from saved_tensors(gradient)
 
-    def matmat(self, V: Columns) -> list[Tensor]:
+    def __call__(self, V: Columns) -> list[Tensor]:
         """The Hessian times columns-last tensors ``[*shape, K]``."""
         curved = [(g, v) for g, v in zip(self._gradients, V, strict=True) if g is not None and g.requires_grad]
         if not curved:
@@ -335,7 +335,7 @@ def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:
     return prediction
 
 
-def linearize(model: FunctionalModel, X: Any, engine: Engine, use: Use = Use()) -> Linearization:  # noqa: B008
+def linearize(model: FunctionalModel, X: Any, engine: Engine, use: Use = Use()) -> Linearization:
     """The model at one mini-batch, by the engine that fits it."""
     return (ForwardMode if engine.forward_mode else DoubleBackward)(model, X, engine, use)
 

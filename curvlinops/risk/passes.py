@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Pass:
         use: What linearisations are for in this pass.
         num_data: Number of data, where somebody asks for it.
         num_batches: Number of mini-batches.
+        batch_index: Which one is at hand.
         are_ours: Whether the sums share no memory with the mini-batches' own results.
         disagreements: Outcomes of comparisons of the two ways through the network.
         error: What went wrong, where other ranks wait for it.
@@ -33,6 +35,7 @@ class Pass:
     use: Use = field(default_factory=Use)
     num_data: int = 0
     num_batches: int = 0
+    batch_index: int = 0
     are_ours: bool = True
     disagreements: list[Tensor] = field(default_factory=list)
     error: BaseException | None = None
@@ -41,12 +44,7 @@ class Pass:
     def empty(shapes: Sequence[Sequence[int]], like: Tensor, use: Use) -> Pass:
         """A pass that has not begun; sums are in at least float32 and have each column in one piece of memory."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        sums = [
-            torch.zeros(*shape[-1:], *shape[:-1], dtype=dtype, device=like.device).movedim(0, -1)
-            if shape
-            else torch.zeros((), dtype=dtype, device=like.device)
-            for shape in map(tuple, shapes)
-        ]
+        sums = _zeros([tuple(shape) for shape in shapes], dtype, like.device)
         return Pass(sums, torch.zeros((), dtype=torch.float64, device=like.device), use)
 
     def add(self, batch: int, piece: Piece) -> None:
@@ -69,6 +67,8 @@ class Pass:
         if is_whole and self.num_batches == 0:
             # Not copied; it can be the user's own vector (the gradient of an identity is).
             self.sums, self.are_ours = tensors, False
+        elif self.num_batches == 0:
+            torch._foreach_copy_(sums, tensors)
         elif is_whole and not self.are_ours:
             self.sums, self.are_ours = list(torch._foreach_add(sums, tensors)), True
         else:
@@ -81,6 +81,20 @@ class Pass:
                 torch._foreach_div_(self.sums, denominator)
             return self.sums
         return [s.clone() if denominator is None else s / denominator for s in self.sums]
+
+
+def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Zeros of the given shapes; columns ``[*shape, K]`` with one K lie in memory one after the other, whole."""
+    counts = {shape[-1:] for shape in shapes}
+    if len(counts) != 1 or counts == {()}:
+        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
+    (num_columns,) = counts.pop()
+    sizes = [prod(shape[:-1]) for shape in shapes]
+    together = torch.zeros(num_columns, sum(sizes), dtype=dtype, device=device)
+    parts = together.split(sizes, 1)
+    return [
+        part.reshape(num_columns, *shape[:-1]).movedim(0, -1) for part, shape in zip(parts, shapes, strict=True)
+    ]
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

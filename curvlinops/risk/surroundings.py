@@ -71,24 +71,35 @@ def _preserved_buffers(model: FunctionalModel) -> Iterator[None]:
                 buffer.data.copy_(kept)
 
 
+class RandomStates:
+    """The global random states of torch, NumPy and Python, and the loader's own generators, as they are now."""
+
+    def __init__(self, data: Any, device: torch.device) -> None:
+        self._device = device
+        self._generators = [(generator, generator.get_state()) for generator in _generators_of(data)]
+        self._on_cpu = torch.get_rng_state()
+        self._on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._of_numpy, self._of_python = np.random.get_state(), random.getstate()
+
+    def restore(self) -> None:
+        """Put them back."""
+        for generator, state in self._generators:
+            generator.set_state(state)
+        torch.set_rng_state(self._on_cpu)
+        if self._on_gpu is not None:
+            torch.cuda.set_rng_state(self._on_gpu, self._device)
+        np.random.set_state(self._of_numpy)
+        random.setstate(self._of_python)
+
+
 @contextmanager
 def preserved_random_state(data: Any, device: torch.device) -> Iterator[None]:
-    """Put back the global random states of torch, NumPy and Python, and the loader's own generators."""
-    generators = _generators_of(data)
-    states = [generator.get_state() for generator in generators]
-    on_cpu = torch.get_rng_state()
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    of_numpy, of_python = np.random.get_state(), random.getstate()
+    """Put back the random states at the end."""
+    states = RandomStates(data, device)
     try:
         yield
     finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
-        torch.set_rng_state(on_cpu)
-        if on_gpu is not None:
-            torch.cuda.set_rng_state(on_gpu, device)
-        np.random.set_state(of_numpy)
-        random.setstate(of_python)
+        states.restore()
 
 
 def seed_everything(seed: int) -> None:

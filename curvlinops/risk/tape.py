@@ -62,9 +62,9 @@ class _Operation:
             args, kwargs = tree_unflatten(arguments, self.structure)
             result = function(*args, **kwargs)
         results = [result] if isinstance(result, Tensor) else tree_flatten(result)[0]
-        for slot, tensor in zip(self.outputs, results, strict=True):
-            if slot is not None:
-                slots[slot] = tensor
+        for output, tensor in zip(self.outputs, results, strict=True):
+            if output is not None:
+                slots[output] = tensor
         for slot in self.finished:
             slots.pop(slot, None)
 
@@ -111,7 +111,7 @@ class TapeRecorder(TorchDispatchMode):
     """
 
     def __init__(self, tangents: Sequence[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._slots: dict[_Geometry, int] = {}
         self._storages: dict[int, StorageWeakRef] = {}
         self._operations: list[_Operation] = []
@@ -180,7 +180,9 @@ class TapeRecorder(TorchDispatchMode):
     def _buffers(self, func: Any, arguments: list[Any], inputs: list[tuple[int, int]]) -> list[int]:
         """Positions of constants that tangents are about to be written to."""
         filled = {i for i, _ in inputs}
-        written = [i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        written = [
+            i for i, a in enumerate(func._schema.arguments) if a.alias_info is not None and a.alias_info.is_write
+        ]
         buffers = [i for i in written if i not in filled]
         if any(i >= len(arguments) or not isinstance(arguments[i], Tensor) for i in buffers):
             raise NoTapeError("The forward writes tangents to a list of buffers.")

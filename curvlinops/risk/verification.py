@@ -104,7 +104,7 @@ def check_hessian_by_difference(model: FunctionalModel, second_order: SecondOrde
     if coarsest_dtype(prediction, *model.params) in (torch.bfloat16, torch.float16):
         return
     v = second_order.gradient
-    product = [r.squeeze(-1) for r in second_order.matmat([g.unsqueeze(-1) for g in v])]
+    product = [r.squeeze(-1) for r in second_order([g.unsqueeze(-1) for g in v])]
     if not _matches(product, v, model, gradient, torch.cat([g.flatten() for g in v])):
         raise NotImplementedError(
             f"The Hessian and a central difference of the gradient disagree{named(prediction)}: the backward of a "

@@ -1,0 +1,137 @@
+"""What is kept of a pass over the data, within a budget, so that the next one need not begin anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from curvlinops.memory import num_bytes
+from curvlinops.risk.batches import Batch, tensors_of
+from curvlinops.risk.surroundings import RandomStates
+
+
+class Keepable(Protocol):
+    """What a mini-batch leaves behind, and may be kept."""
+
+    def held(self) -> Iterator[Tensor]:
+        """The tensors it holds."""
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class _Kept:
+    batch: Batch
+    what: Keepable
+
+
+class Keeper:
+    """Keeps what the first mini-batches leave behind, as many as fit into a budget; the others are streamed.
+
+    Args:
+        max_bytes: The budget.
+        params: What is not counted, since it exists anyway.
+        states: Random states under which the loader is read: whenever some mini-batches are streamed, the same data
+            must come in the same order as when the others were kept.
+    """
+
+    def __init__(self, max_bytes: int, params: Iterable[Tensor], states: RandomStates) -> None:
+        self.max_bytes = max_bytes
+        self.num_bytes = 0
+        self.num_batches: int | None = None
+        self._params = list(params)
+        self._states = states
+        self._kept: list[_Kept] = []
+        self._is_full = max_bytes <= 0
+        self._current: Any = None
+        self._generator_states: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        """How many mini-batches are kept."""
+        return len(self._kept)
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether all mini-batches are kept, so that the data need not be read again."""
+        return self.num_batches is not None and len(self._kept) == self.num_batches
+
+    def describe(self) -> str:
+        """What is kept, in words."""
+        if not self._kept and self.num_batches is None:
+            return "nothing yet, the first product prepares"
+        of_all = "" if self.num_batches is None else f" of {self.num_batches}"
+        return f"{len(self)}{of_all} mini-batches kept, {self.num_bytes / 2**20:.1f} MiB"
+
+    def wants(self, index: int) -> bool:
+        """Whether a mini-batch is kept, or may be."""
+        return index < len(self._kept) or not self._is_full
+
+    def batches(self) -> Iterator[Batch]:
+        """The mini-batches that are kept."""
+        return (kept.batch for kept in self._kept)
+
+    def prepare(self) -> None:
+        """Called before the data are read."""
+        self._states.restore()
+
+    def same(self, batch: Batch) -> Batch:
+        """The kept form of a mini-batch that the loader gave again, if there is one.
+
+        Raises:
+            RuntimeError: If it has other data than the one that is kept.
+        """
+        if batch.index >= len(self._kept):
+            return batch
+        kept = self._kept[batch.index].batch
+        pairs = zip(
+            [*tensors_of(batch.X), *tensors_of(batch.y)], [*tensors_of(kept.X), *tensors_of(kept.y)], strict=False
+        )
+        if not all(torch.equal(a, b) for a, b in pairs):
+            raise RuntimeError(
+                f"Mini-batch {batch.index} has other data than when it was linearised, so that the kept and the "
+                "streamed mini-batches would not make one matrix. Fix the order of the data, or raise max_memory until "
+                "all of them are kept."
+            )
+        return kept
+
+    def obtain(self, index: int, make: Callable[[], T]) -> T:
+        """What is kept of a mini-batch, or something new."""
+        if index < len(self._kept):
+            return self._kept[index].what  # type: ignore[return-value]
+        self._current = made = make()
+        return made
+
+    def rewind(self, index: int, generator: torch.Generator) -> None:
+        """Set a generator to the state in which the mini-batch found it first."""
+        if index in self._generator_states:
+            generator.set_state(self._generator_states[index])
+        else:
+            self._generator_states[index] = generator.get_state()
+
+    def settle(self, batch: Batch) -> None:
+        """Called when a mini-batch is done: keep what it left behind, if it fits."""
+        what, self._current = self._current, None
+        if what is None or not hasattr(what, "held") or batch.index < len(self._kept) or self._is_full:
+            return
+        tensors = [*what.held(), *tensors_of(batch.X), *tensors_of(batch.y)]
+        size = num_bytes(tensors, apart_from=self._params)
+        if self.num_bytes + size > self.max_bytes:
+            self._is_full = True
+            return
+        self._kept.append(_Kept(batch, what))
+        self.num_bytes += size
+
+    def finish(self, num_batches: int) -> None:
+        """Called after a pass that went well."""
+        self.num_batches = num_batches
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._kept.clear()
+        self.num_bytes, self.num_batches, self._current = 0, None, None
+        self._is_full = self.max_bytes <= 0
