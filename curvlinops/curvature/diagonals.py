@@ -15,12 +15,14 @@ from curvlinops.operators.base import unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.risk.empirical_risk import BatchSum
-from curvlinops.risk.layers.recorder import LinearLayerRecorder, reliable_notes
+from curvlinops.risk.layers.factors import LayerNotes
+from curvlinops.risk.layers.proofs import Proofs
+from curvlinops.risk.layers.recorder import LayerRecorder
 from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import LossFactor, gradient_factor
 from curvlinops.risk.model import Parameters
-from curvlinops.risk.per_datum import sums_of_squares
+from curvlinops.risk.per_datum import squares_datum_by_datum, squares_from_notes
 
 
 class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
@@ -32,6 +34,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
     def __init__(self, *args: Any, **options: Any) -> None:
         CurvatureLinearOperator.__init__(self, *args, **options)
         self._kept_entries = None
+        self._proofs: Proofs = {}
 
     def _loss_factor(self, terms: Terms) -> LossFactor:
         raise NotImplementedError
@@ -53,18 +56,19 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         """The diagonal summed over a mini-batch's data."""
         if self._risk.loss is not None and not self._risk.loss.is_known:
             return self._diagonal_by_products(X, y)
-        self._risk.check_directions(X)
         lin = self._risk.linearize(X)
-        with LinearLayerRecorder(lin.values) as recorder:
+        with LayerRecorder(lin.values) as recorder:
             prediction = lin.prediction
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
-
-        def squares() -> list[Tensor]:
-            notes = reliable_notes(recorder.notes, prediction, lin.values, self._risk.engine.proved_layers)
-            self._risk.engine.proved_layers = {tuple(note.parameters) for note in notes}
-            return sums_of_squares(self._risk.model, X, lin, notes, factor.columns)
-
-        return self._risk.model.holding(lin.values, squares)
+        model, notes = self._risk.model, LayerNotes(recorder, prediction, self._risk.engine, self._proofs)
+        squares = model.holding(lin.values, lambda: squares_from_notes(notes, factor.columns))
+        rest = [i for i in range(len(lin.values)) if i not in squares]
+        if rest:
+            # The notes are read off the backward itself; what is differentiated in other ways must agree with it.
+            self._risk.check_directions(X)
+            found = model.holding(lin.values, lambda: squares_datum_by_datum(model, X, lin, rest, factor.columns))
+            squares.update(zip(rest, found, strict=True))
+        return [squares[i] for i in range(len(lin.values))]
 
     def _diagonal_by_products(self, X: Any, y: Any) -> list[Tensor]:
         """The diagonal from products with all unit vectors: all that is left where the loss has no terms."""
@@ -96,8 +100,9 @@ class GGNDiagonalLinearOperator(GaussNewtonFactor, CurvatureDiagonal):
     r"""The diagonal of :class:`GGNLinearOperator`, with the same scale and the same samples.
 
     **Cost**: with C prediction entries a datum, a backward for each of C columns (for ``mc_samples`` each sample) for
-    the parameters of linear layers; for others the gradients of every datum for each column, held for a few data at a
-    time. Afterwards O(D) a product.
+    the parameters of the usual layers (linear, convolution, embedding, normalisation, attention, bare parameters that
+    are added or multiplied), and one more at the first mini-batch; for others the gradients of every datum for each
+    column, held for a few data at a time. Afterwards O(D) a product.
 
     **Reference**: Dangel, Kunstner, Hennig (2020), BackPACK: packing more into backprop, arXiv:1912.10985.
 
@@ -162,8 +167,9 @@ class GGNDiagonalLinearOperator(GaussNewtonFactor, CurvatureDiagonal):
 class EFDiagonalLinearOperator(CurvatureDiagonal):
     r"""The diagonal of :class:`EFLinearOperator`, with the same scale and the same ``terms``.
 
-    **Cost**: a backward for each term of a datum for the parameters of linear layers; for others the gradients of
-    every datum for each of its terms, held for a few data at a time. Afterwards O(D) a product.
+    **Cost**: a backward for each term of a datum for the parameters of the usual layers, as for
+    :class:`GGNDiagonalLinearOperator`; for others the gradients of every datum for each of its terms, held for a few
+    data at a time. Afterwards O(D) a product.
 
     **Reference**: Dangel, Kunstner, Hennig (2020), BackPACK: packing more into backprop, arXiv:1912.10985.
 
