@@ -270,8 +270,10 @@ class CurvatureLinearOperator(LinearOperator):
             NotImplementedError: If the model closes over its parameters, or has no such engine.
             ValueError: If an argument is not understood.
         """
-        budget = _checked_budget(max_memory, self.device)
-        _check_engine(engine)
+        budget = checked_budget(max_memory, self.device)
+        if engine not in ("auto", "tangents", "factors"):
+            raise ValueError(f"engine: expected 'auto', 'tangents' or 'factors', got {engine!r}.")
+        self._check_engine(engine)
         if self._risk.keeper is not None and max_memory is None and engine in ("auto", self._engine):
             return self
         result = self._copied() if self._is_frozen else self.frozen()
@@ -284,6 +286,13 @@ class CurvatureLinearOperator(LinearOperator):
         result._engine = engine
         return result
 
+    def _check_engine(self, engine: str) -> None:
+        """Refuse an engine that the matrix does not have."""
+        if engine == "factors":
+            raise NotImplementedError(
+                f"{type(self).__name__} is not of the form Jᵀ S Sᵀ J, so it has no factors: use engine='tangents'."
+            )
+
     #: The engine that :meth:`linearize` was asked for.
     _engine = "auto"
 
@@ -292,17 +301,13 @@ class CurvatureLinearOperator(LinearOperator):
         return frozen if self._risk.keeper is None else f"{frozen}, linearised: {self._risk.keeper.describe()}"
 
 
-def _checked_budget(max_memory: int | None, device: torch.device) -> int:
+def checked_budget(max_memory: int | None, device: torch.device) -> int:
+    """Bytes that may be kept, by default a share of all memory."""
     if max_memory is None:
         return default_budget(device)
     if not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 0:
         raise ValueError(f"max_memory: expected a number of bytes of at least 0, got {max_memory!r}.")
     return max_memory
-
-
-def _check_engine(engine: str) -> None:
-    if engine not in ("auto", "tangents", "factors"):
-        raise ValueError(f"engine: expected 'auto', 'tangents' or 'factors', got {engine!r}.")
 
 
 def _checked_chunk_size(chunk_size: int | str) -> int | None:

@@ -16,7 +16,6 @@ from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.risk.empirical_risk import BatchSum
 from curvlinops.risk.layers.factors import LayerNotes
-from curvlinops.risk.layers.proofs import Proofs
 from curvlinops.risk.layers.recorder import LayerRecorder
 from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
@@ -34,7 +33,6 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
     def __init__(self, *args: Any, **options: Any) -> None:
         CurvatureLinearOperator.__init__(self, *args, **options)
         self._kept_entries = None
-        self._proofs: Proofs = {}
 
     def _loss_factor(self, terms: Terms) -> LossFactor:
         raise NotImplementedError
@@ -60,7 +58,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         with LayerRecorder(lin.values) as recorder:
             prediction = lin.prediction
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
-        model, notes = self._risk.model, LayerNotes(recorder, prediction, self._risk.engine, self._proofs)
+        model, notes = self._risk.model, LayerNotes(recorder, prediction, self._risk.engine, self._risk.engine.proofs)
         squares = model.holding(lin.values, lambda: squares_from_notes(notes, factor.columns))
         rest = [i for i in range(len(lin.values)) if i not in squares]
         if rest:

@@ -86,5 +86,9 @@ class EFLinearOperator(SandwichLinearOperator):
         )
         self._terms = require_terms(self, terms)
 
+    def _columns_a_datum(self, y: Any) -> int | None:
+        loss = self._risk.loss
+        return 1 if self._terms == "datum" or loss is None else loss.num_positions(y)
+
     def _loss_factor(self, terms: Terms) -> LossFactor:
         return gradient_factor(terms, self._terms)

@@ -8,10 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator
-from curvlinops.risk.empirical_risk import EmpiricalRisk
+from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, checked_budget
+from curvlinops.curvature.factor_operator import BatchFactor, FactorLinearOperator
+from curvlinops.memory import num_bytes
+from curvlinops.operators.low_rank import LowRankLinearOperator
+from curvlinops.risk.columns import Piece
+from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
+from curvlinops.risk.keeping import Keeper
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import HessianFactor, LossFactor, sampled_factor
+
+#: Columns of a datum up to which factors are cheaper than tangents by the third product: each takes a backward to
+#: prepare, 1 unit, and each product by factors saves 2 units and more.
+FEW_COLUMNS = 4
 
 
 class SandwichLinearOperator(CurvatureLinearOperator):
@@ -24,8 +33,91 @@ class SandwichLinearOperator(CurvatureLinearOperator):
         """The factor S of a mini-batch."""
         raise NotImplementedError
 
+    def _columns_a_datum(self, y: Any) -> int | None:
+        """Columns that S has for each datum, where that can be told from the targets."""
+        return None
+
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
+        keeper = self._risk.keeper
+        if keeper is None or self._engine == "tangents" or (keeper.max_bytes == 0 and self._engine == "auto"):
+            return SandwichProduct(self._risk, X, y, self._loss_factor)
+        if self._engine == "factors":
+            keeper.engine = "factors"
+            return BatchFactor(self._risk, X, y, self._loss_factor)
+        return self._cheaper_product(keeper, X, y)
+
+    def _cheaper_product(self, keeper: Keeper, X: Any, y: Any) -> BatchProduct:
+        """By factors, if there are few columns and layer notes cover all parameters; else by tangents."""
+        is_known = self._risk.loss is not None and self._risk.loss.is_known
+        num_columns = self._columns_a_datum(y) if is_known and keeper.engine != "tangents" else None
+        if num_columns is not None and num_columns <= FEW_COLUMNS:
+            factor = BatchFactor.of_covered(self._risk, X, y, self._loss_factor)
+            if factor is not None:
+                keeper.engine = "factors"
+                return factor
+        keeper.engine = "tangents"
         return SandwichProduct(self._risk, X, y, self._loss_factor)
+
+    def _check_engine(self, engine: str) -> None:
+        if engine == "factors" and self._risk.loss is not None:
+            self._risk.loss.require_known(f"engine='factors' of {type(self).__name__}")
+
+    def to_low_rank(self, max_memory: int | None = None) -> LowRankLinearOperator:
+        r"""The same matrix as :math:`F F^\top`, exactly, with a column for each datum and column of S.
+
+        It has exact inverses, log-determinants, eigenvalues, roots and samples, by the Gram matrix of its R columns;
+        see :class:`LowRankLinearOperator`. It keeps the values that it was computed with.
+
+        **Cost**: a forward and a backward for each column of a datum; kept are inputs and output gradients of the
+        layers. What follows costs O(R²) inner products of layers and O(R³).
+
+        Args:
+            max_memory: Bytes that may be kept, by default a quarter of the device's memory.
+
+        Raises:
+            MemoryError: If the columns take more.
+            NotImplementedError: If the loss is not known, the model closes over its parameters, or there is a
+                ``process_group``.
+        """
+        if self._risk.loss is not None:
+            self._risk.loss.require_known(f"to_low_rank() of {type(self).__name__}")
+        if self._risk.process_group is not None:
+            raise NotImplementedError(
+                "to_low_rank holds the columns of all data in one process: process_group is not supported."
+            )
+        budget = checked_budget(max_memory, self.device)
+        frozen = self.frozen()
+        factor = _factor_of(frozen, budget)
+        return LowRankLinearOperator(factor, c=getattr(self, "_l2", 0.0))
+
+
+def _factor_of(operator: SandwichLinearOperator, budget: int) -> FactorLinearOperator:
+    """The columns of a frozen matrix, in one pass over the data."""
+    batches: list[BatchFactor] = []
+    held = 0
+
+    def begin() -> BatchSum:
+        nonlocal held
+        batches.clear()
+        held = 0
+        operator._begin_pass()
+        return collect
+
+    def collect(X: Any, y: Any) -> list[Piece]:
+        nonlocal held
+        batches.append(BatchFactor(operator._risk, X, y, operator._loss_factor))
+        held += num_bytes(batches[-1].held(), apart_from=operator._params)
+        if held > budget:
+            raise MemoryError(
+                f"The columns of the first {len(batches)} mini-batches take {held / 2**30:.2g} GiB, more than "
+                f"max_memory={budget / 2**30:.2g} GiB. Use fewer data, or FisherMCLinearOperator, which has "
+                "one column for each datum and sample."
+            )
+        return [(None, [torch.tensor(1.0 if len(batches) == 1 else 0.0)])]
+
+    with torch.inference_mode(False):
+        (scale,) = operator._risk.total(begin, [()], "columns")  # 1 with the scale of a total
+    return FactorLinearOperator(batches, float(scale) ** 0.5, operator.domain)
 
 
 class SandwichProduct:
@@ -86,6 +178,12 @@ class GaussNewtonFactor:
 
     _risk: EmpiricalRisk
     _sampling: Sampling
+
+    def _columns_a_datum(self, y: Any) -> int | None:
+        if self._sampling.num_samples or self._risk.loss is None:
+            return self._sampling.num_samples or None
+        positions, channels = self._risk.loss.num_positions(y), self._risk.loss.num_channels(y)
+        return None if positions is None or channels is None else positions * channels
 
     def _begin_pass(self) -> None:
         self._sampling.restart(self._risk.device, self._risk.rank)

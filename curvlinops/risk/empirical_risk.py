@@ -311,9 +311,9 @@ class EmpiricalRisk:
                 check_by_difference(self.model, X, self.linearize(X))
                 self.engine.verified |= {"differences", "directions"}
 
-    def linearize(self, X: Any) -> Linearization:
+    def linearize(self, X: Any, use: Use | None = None) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
-        return linearize(self.model, X, self.engine, self._current_use)
+        return linearize(self.model, X, self.engine, use or self._current_use)
 
     @property
     def _current_use(self) -> Use:

@@ -33,6 +33,11 @@ class _Kept:
 class Keeper:
     """Keeps what the first mini-batches leave behind, as many as fit into a budget; the others are streamed.
 
+    Attributes:
+        num_bytes: Bytes that are kept.
+        num_batches: How many mini-batches there are, once that is known.
+        engine: The way through the network that was chosen, where there is a choice.
+
     Args:
         max_bytes: The budget.
         params: What is not counted, since it exists anyway.
@@ -44,6 +49,7 @@ class Keeper:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self.num_batches: int | None = None
+        self.engine: str | None = None
         self._params = list(params)
         self._states = states
         self._kept: list[_Kept] = []
@@ -65,7 +71,8 @@ class Keeper:
         if not self._kept and self.num_batches is None:
             return "nothing yet, the first product prepares"
         of_all = "" if self.num_batches is None else f" of {self.num_batches}"
-        return f"{len(self)}{of_all} mini-batches kept, {self.num_bytes / 2**20:.1f} MiB"
+        engine = "" if self.engine is None else f"by {self.engine}, "
+        return f"{engine}{len(self)}{of_all} mini-batches kept, {self.num_bytes / 2**20:.1f} MiB"
 
     def wants(self, index: int) -> bool:
         """Whether a mini-batch is kept, or may be."""

@@ -22,6 +22,7 @@ from torch.autograd import forward_ad, grad
 
 from curvlinops.memory import num_bytes
 from curvlinops.risk.graph import has_convolution, named, refuse_by_name, saved_tensors
+from curvlinops.risk.layers.proofs import Proofs
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.tangents import TangentRules, TooLargeError
 from curvlinops.risk.tape import NoTapeError, Tape, TapeRecorder
@@ -61,7 +62,7 @@ class Engine:
         fused: Whether the forward that pushes a single column may also record the graph.
         verified: Names of the checks that are done; each is made once.
         chunk_size: Columns that go through the network together, once that is known.
-        proofs: What was proved of the model's layers.
+        proofs: What was measured of the model's layers.
     """
 
     def __init__(self, forward_mode: bool = True) -> None:
@@ -71,7 +72,7 @@ class Engine:
         self.fused = True
         self.verified: set[str] = set()
         self.chunk_size: int | None = None
-        self.proved_layers: set[tuple[int, ...]] | None = None
+        self.proofs: Proofs = {}
 
     def give_up_vmap(self, error: Exception) -> None:
         """Go column by column from now on, unless memory was the trouble, which smaller chunks mend."""

@@ -67,6 +67,10 @@ class FunctionalModel:
         """Tensors over the same memory for autograd to follow; a closure's own tensors."""
         return list(self.params) if self.is_closure else [p.detach().requires_grad_() for p in self.params]
 
+    def restricted(self, positions: Sequence[int]) -> FunctionalModel:
+        """The same model as a function of some of its parameters."""
+        return _Restricted(self, positions)
+
     def holding(self, values: Sequence[Tensor], action: Callable[[], T]) -> T:
         """Run an action while the module holds the given values.
 
@@ -213,6 +217,30 @@ class FunctionalModel:
                     f"{', ...' if len(own) > 8 else ''}."
                 )
         return [str(name) for name in names]
+
+
+class _Restricted(FunctionalModel):
+    """A model as a function of some of its parameters; the others stay as they are."""
+
+    def __init__(self, whole: FunctionalModel, positions: Sequence[int]) -> None:
+        self.__dict__.update(vars(whole))
+        self._whole = whole
+        self._positions = list(positions)
+        self.params = [whole.params[i] for i in positions]
+
+    def __call__(self, values: Sequence[Tensor], X: Any) -> Tensor:
+        return self._whole(self._with_others(values), X)
+
+    def leaves(self) -> list[Tensor]:
+        every = self._whole.leaves()
+        return [every[i] for i in self._positions]
+
+    def holding(self, values: Sequence[Tensor], action: Callable[[], T]) -> T:
+        return self._whole.holding(self._with_others(values), action)
+
+    def _with_others(self, values: Sequence[Tensor]) -> list[Tensor]:
+        replaced = dict(zip(self._positions, values, strict=True))
+        return [replaced.get(i, p.detach()) for i, p in enumerate(self._whole.params)]
 
 
 class _Holder(nn.Module):

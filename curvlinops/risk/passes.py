@@ -92,9 +92,7 @@ def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.
     sizes = [prod(shape[:-1]) for shape in shapes]
     together = torch.zeros(num_columns, sum(sizes), dtype=dtype, device=device)
     parts = together.split(sizes, 1)
-    return [
-        part.reshape(num_columns, *shape[:-1]).movedim(0, -1) for part, shape in zip(parts, shapes, strict=True)
-    ]
+    return [part.reshape(num_columns, *shape[:-1]).movedim(0, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -36,6 +36,9 @@ class LayerNotes:
         prediction: What it gave, with its graph.
         engine: What is known about the model.
         proofs: What was measured so far; kept between mini-batches, and added to.
+
+    Attributes:
+        complete: Positions of the parameters whose uses are all noted.
     """
 
     def __init__(self, recorder: LayerRecorder, prediction: Tensor, engine: Engine, proofs: Proofs) -> None:
@@ -45,7 +48,7 @@ class LayerNotes:
         self._values = recorder.values
         complete = complete_notes(recorder, prediction) if len(prediction) else CompleteNotes([], set(), None)
         self._notes = [n for n in complete.notes if any(use.position in complete.positions for use in n.uses)]
-        self._complete = complete.positions
+        self.complete = complete.positions
         # The same structure and kinds, at the same shapes, have the same layouts.
         self._signature = (complete.structure, tuple(note.signature for note in self._notes))
         self._layouts: Sequence[Layout | None] | None = proofs.get(self._signature)
@@ -78,7 +81,7 @@ class LayerNotes:
         if not self.is_proved:
             self._measure(*_combination(U, gradients))
         parts: dict[int, list[Part]] = {}
-        left = set(self._complete)
+        left = set(self.complete)
         for note, g, layout in zip(self._notes, gradients, self._layouts or (), strict=False):
             for use in note.uses:
                 part = None
@@ -173,12 +176,9 @@ class LayerFactors:
         self.num_data = num_data
         self.num_columns = num_columns
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that it holds."""
-        tensors = [t for parts in self._parts.values() for part in parts for t in part.tensors()]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors that it holds."""
+        return (t for parts in self._parts.values() for part in parts for t in part.tensors())
 
     def rmatmat(self, V: Mapping[int, Tensor]) -> Tensor:
         """Fᵀ V ``[N, M, K]`` for columns-last tensors ``[*shape, K]`` of covered parameters.

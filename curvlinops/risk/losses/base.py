@@ -50,6 +50,14 @@ class Loss(ABC):
     @abstractmethod
     def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor: ...
 
+    def num_positions(self, y: Any) -> int | None:
+        """Positions of a datum, where they can be told from the targets."""
+        return None
+
+    def num_channels(self, y: Any) -> int | None:
+        """Channels of a position, where they can be told from the targets."""
+        return None
+
     @abstractmethod
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """The terms of one mini-batch.

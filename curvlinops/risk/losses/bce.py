@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from curvlinops.risk.losses.base import Loss, Terms, check_probability, check_same_shape, per_row
-from curvlinops.risk.losses.mse import channels_last_axis, elements_of
+from curvlinops.risk.losses.base import Terms, check_probability, check_same_shape, per_row
+from curvlinops.risk.losses.mse import Elementwise, channels_last_axis
 
 
-class BCEWithLogits(Loss):
+class BCEWithLogits(Elementwise):
     """``nn.BCEWithLogitsLoss``: predictions ``[N]``, ``[N, C]`` or ``[N, d..., C]``."""
 
     name = "BCEWithLogitsLoss"
@@ -21,9 +21,6 @@ class BCEWithLogits(Loss):
         self.reduction = module.reduction
         self._weight = module.weight
         self._pos_weight = module.pos_weight
-
-    def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
-        return elements_of(self.name, y, weight)
 
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """Terms of one mini-batch; see :meth:`Loss.terms`."""

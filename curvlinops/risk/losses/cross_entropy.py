@@ -30,6 +30,11 @@ class CrossEntropy(Loss):
             return counted.sum()
         return (weight.double() * counted.reshape(len(counted), -1).sum(1)).sum()
 
+    def num_positions(self, y: Any) -> int | None:
+        """Positions of a datum; see :meth:`Loss.num_positions`."""
+        self._check_target(y)
+        return int(y.shape[2:].numel() if y.is_floating_point() else y.shape[1:].numel())
+
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """Terms of one mini-batch; see :meth:`Loss.terms`."""
         self._check_target(y)

@@ -11,16 +11,28 @@ from torch import Generator, Tensor, nn
 from curvlinops.risk.losses.base import Loss, Terms, check_same_shape, per_row, total_weight
 
 
-class SquaredError(Loss):
+class Elementwise(Loss):
+    """A loss with a term for each element of predictions ``[N]``, ``[N, C]`` or ``[N, d..., C]``."""
+
+    def num_positions(self, y: Any) -> int | None:
+        """Positions of a datum; see :meth:`Loss.num_positions`."""
+        return int(y.shape[1:-1].numel()) if isinstance(y, Tensor) else None
+
+    def num_channels(self, y: Any) -> int | None:
+        """Channels of a position; see :meth:`Loss.num_channels`."""
+        return int(y.shape[1:][-1:].numel()) if isinstance(y, Tensor) else None
+
+    def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
+        return elements_of(self.name, y, weight)
+
+
+class SquaredError(Elementwise):
     """``nn.MSELoss``: predictions ``[N]``, ``[N, C]`` or ``[N, d..., C]``."""
 
     name = "MSELoss"
 
     def __init__(self, module: nn.MSELoss) -> None:
         self.reduction = module.reduction
-
-    def _mean_denominator(self, y: Any, weight: Tensor | None, num_data: int | None) -> Tensor:
-        return elements_of(self.name, y, weight)
 
     def terms(self, prediction: Tensor, y: Any, weight: Tensor | None) -> Terms:
         """Terms of one mini-batch; see :meth:`Loss.terms`."""
