@@ -195,10 +195,8 @@ class Oracle:
 
     def empirical_fisher(self, terms: str = "position") -> Tensor:
         """Return the empirical Fisher [D, D]: c times the sum of outer products of the terms' own gradients."""
-        J, g = self.positions_first(self.jacobian), self.positions_first(self.loss_gradients)
-        columns = torch.einsum("ntcd,ntc->ntd", J, g)
-        columns = {"position": columns.flatten(end_dim=1), "datum": columns.sum(1)}[terms]
-        return self.scale * columns.T @ columns
+        F = self.empirical_factor(terms)
+        return F @ F.T
 
     @cached_property
     def masses(self) -> Tensor:
@@ -233,13 +231,68 @@ class Oracle:
 
     def monte_carlo_fisher(self, mc_samples: int, seed: int) -> Tensor:
         """Return the Monte-Carlo Fisher [D, D] of cross-entropy with the package's documented draws."""
+        F = self.monte_carlo_factor(mc_samples, seed)
+        return F @ F.T
+
+    def flat_jacobian(self) -> Tensor:
+        """Return the Jacobian as the operator has it: [N·P, D], rows in the layout of the stacked predictions."""
+        return self.jacobian.flatten(end_dim=1)
+
+    # -- one datum at a time -------------------------------------------------------------------------------------
+
+    @cached_property
+    def term_gradients(self) -> Tensor:
+        """The gradients [N, T, D] of each position's loss with respect to the parameters, weights included, without c.
+
+        Summed over a datum's positions they are that datum's gradient; these, summed over data and times c, are the
+        gradient of the risk.
+        """
+        return torch.einsum(
+            "ntcd,ntc->ntd", self.positions_first(self.jacobian), self.positions_first(self.loss_gradients)
+        )
+
+    @cached_property
+    def example_gradients(self) -> Tensor:
+        """The gradients [N, D] of each datum's loss, weights included, without c."""
+        return self.term_gradients.sum(1)
+
+    def empirical_factor(self, terms: str = "position") -> Tensor:
+        """Return F with F Fᵀ the empirical Fisher, c shared evenly: [D, N·T], or [D, N] for ``terms="datum"``.
+
+        Columns are in the order of the loader, datum by datum, a datum's positions together: column n T + t belongs to
+        position t of datum n, positions in the order of the target's memory.
+        """
+        columns = {"position": self.term_gradients.flatten(end_dim=1), "datum": self.example_gradients}[terms]
+        return self.scale**0.5 * columns.T
+
+    def empirical_gram(self, terms: str = "position") -> Tensor:
+        """Return FᵀF of ``empirical_factor``, rows and columns in its order."""
+        F = self.empirical_factor(terms)
+        return F.T @ F
+
+    def squared_gradients(self, terms: str = "position") -> Tensor:
+        """Return the diagonals [N, D] of each datum's share in the empirical Fisher, c included."""
+        squares = {"position": self.term_gradients**2, "datum": self.example_gradients[:, None] ** 2}[terms]
+        return self.scale * squares.sum(1)
+
+    @cached_property
+    def ggn_shares(self) -> Tensor:
+        """The shares [N, D, D] of each datum in the GGN, c included, without the ridge.
+
+        A square root of the loss Hessian is not unique, so the columns of an exact factor are not either; the products
+        F_n F_nᵀ of a datum's columns are.
+        """
+        J, H = self.jacobian, self.loss_hessians
+        return self.scale * torch.einsum("npd,npq,nqe->nde", J, H, J)
+
+    def monte_carlo_factor(self, mc_samples: int, seed: int) -> Tensor:
+        """Return F [D, N·M] with F Fᵀ the Monte-Carlo Fisher of cross-entropy, with the package's documented draws.
+
+        Column n M + m is draw m of datum n, all of its positions together.
+        """
         assert isinstance(self.loss_func, CrossEntropyLoss)
         p, C = self.probabilities, self.prediction.shape[1]
         one_hot = torch.nn.functional.one_hot(self.draws(mc_samples, seed), C)  # [N, T, M, C]
         s = self.masses[..., None, None].sqrt() * (p[:, :, None] - one_hot)
         columns = torch.einsum("ntcd,ntmc->nmd", self.positions_first(self.jacobian), s).flatten(end_dim=1)
-        return self.scale / mc_samples * columns.T @ columns
-
-    def flat_jacobian(self) -> Tensor:
-        """Return the Jacobian as the operator has it: [N·P, D], rows in the layout of the stacked predictions."""
-        return self.jacobian.flatten(end_dim=1)
+        return (self.scale / mc_samples) ** 0.5 * columns.T

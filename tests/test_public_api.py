@@ -90,7 +90,7 @@ def test_argument_orders_and_defaults(name: str) -> None:
         ("LinearOperator", "adjoint", {}),
         ("LinearOperator", "to_dense", {}),
         ("LinearOperator", "damped", {"damping": REQUIRED}),
-        ("LinearOperator", "linearize", {"max_memory": None}),
+        ("LinearOperator", "linearize", {"max_memory": None, "engine": "auto"}),
         ("LinearOperator", "frozen", {}),
         ("CurvatureLinearOperator", "_matmat_batch", {"X": REQUIRED, "y": REQUIRED, "M": REQUIRED}),
         ("CurvatureLinearOperator", "gradient_and_loss", {}),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from curvlinops.curvature.cost import Cost, Units, cost_of
 from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
@@ -292,6 +293,34 @@ class CurvatureLinearOperator(LinearOperator):
             raise NotImplementedError(
                 f"{type(self).__name__} is not of the form Jᵀ S Sᵀ J, so it has no factors: use engine='tangents'."
             )
+
+    def cost(self) -> Cost:
+        """What a product costs, in forward-units and bytes: streamed, lean, and kept by :meth:`linearize`.
+
+        Answers "how much memory do I need?". Cost: one pass over the data, and a few products with the first
+        mini-batch.
+
+        Raises:
+            NotImplementedError: For matrices of users' own, of which nothing is known, and for diagonals.
+        """
+        if self._is_users_own or self._UNITS is None:
+            raise NotImplementedError(f"{type(self).__name__} does not tell what its products cost.")
+        with torch.inference_mode(False):
+            return cost_of(self, self._UNITS)
+
+    #: Forward-units of its products.
+    _UNITS: Units | None = None
+
+    def _factor_columns(self, X: Any, y: Any) -> int | None:
+        """Columns of a datum where the engine of factors is worth a thought."""
+        return None
+
+    @property
+    def _way(self) -> str:
+        keeper = self._risk.keeper
+        if keeper is None:
+            return "streamed"
+        return "lean" if keeper.max_bytes == 0 else (keeper.engine or "tangents")
 
     #: The engine that :meth:`linearize` was asked for.
     _engine = "auto"

@@ -13,14 +13,16 @@ from torch import Tensor
 from curvlinops.operators.base import LinearOperator, unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.risk.empirical_risk import EmpiricalRisk
+from curvlinops.risk.graph import are_used
 from curvlinops.risk.layers.factors import LayerNotes
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, slices
 from curvlinops.risk.layers.recorder import LayerRecorder
-from curvlinops.risk.linearization import Linearization, Use
+from curvlinops.risk.linearization import Engine, Linearization, Use
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.losses.factors import LossFactor
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
+from curvlinops.risk.verification import disagree
 
 
 class BatchFactor:
@@ -40,7 +42,7 @@ class BatchFactor:
         loss_factor: Gives S.
 
     Attributes:
-        uncovered: Positions of the parameters that no note covers.
+        uncovered: Positions of the parameters that the prediction depends on and that no note covers.
     """
 
     def __init__(self, risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> None:
@@ -73,7 +75,8 @@ class BatchFactor:
         self._columns = torch.stack(list(S.columns()))
         self._layers = risk.model.holding(linearization.values, lambda: notes.factors(self._columns))
         covered = set(self._layers.positions)
-        self.uncovered = [i for i in range(len(risk.model.params)) if i not in covered]
+        used = are_used(linearization.prediction, linearization.values)
+        self.uncovered = [i for i, is_used in enumerate(used) if is_used and i not in covered]
         self._rest = _Rest(risk, X, self.uncovered) if self.uncovered else None
 
     @property
@@ -96,7 +99,8 @@ class BatchFactor:
             S = at_least_float32(self._columns).flatten(2).movedim(0, 1)
             through_rest = (S @ at_least_float32(JV).flatten(1, -2)).to(V[0].dtype)
             Z = through_rest if Z is None else Z + through_rest
-        assert Z is not None
+        if Z is None:  # no parameter is used
+            return V[0].new_zeros(self.numel, V[0].shape[-1])
         return Z.flatten(0, 1)
 
     def matmat(self, Z: Tensor) -> list[Tensor]:
@@ -107,7 +111,8 @@ class BatchFactor:
             U = torch.einsum("mn...,nmk->n...k", self._columns, Z.to(self._columns.dtype))
             with self._surroundings():
                 found.update(zip(self.uncovered, self._rest.pull(U), strict=True))
-        return [found[i] for i in range(len(self._model.params))]
+        num_columns = Z.shape[-1]
+        return [found[i] if i in found else _zeros(p, num_columns) for i, p in enumerate(self._model.params)]
 
     @contextmanager
     def _surroundings(self) -> Iterator[None]:
@@ -116,14 +121,14 @@ class BatchFactor:
 
     def gram(self, other: BatchFactor) -> Tensor:
         """Fᵀ F' ``[R, R']`` with another mini-batch, or the same mini-batch of another task."""
-        positions = [i for i in self._layers.positions if i in set(other._layers.positions)]
-        left = [i for i in range(len(self._model.params)) if i not in set(positions)]
-        total = self._layers.gram(other._layers, positions) if positions else None
-        if left:
-            by_products = self._gram_by_products(other, left)
-            total = by_products if total is None else total + by_products
-        assert total is not None
-        return total
+        here, there = set(self._layers.positions), set(other._layers.positions)
+        both = sorted(here & there)
+        left = sorted((here | there | {*self.uncovered, *other.uncovered}) - {*both})
+        device = self._columns.device
+        total = torch.zeros(self.numel, other.numel, dtype=at_least_float32(self._columns).dtype, device=device)
+        if both:
+            total = self._layers.gram(other._layers, both)
+        return total + self._gram_by_products(other, left) if left else total
 
     def _gram_by_products(self, other: BatchFactor, positions: list[int]) -> Tensor:
         """The share of some parameters in the Gram matrix, by products with unit vectors."""
@@ -143,8 +148,8 @@ class BatchFactor:
         weights = weights.reshape(self._layers.num_data, self._layers.num_columns)
         if bool((weights == weights.flatten()[0]).all()):
             found = {i: weights.flatten()[0] * square for i, square in self._layers.squares().items()}
-            return [found[i] for i in range(len(self._model.params))]
-        totals = [at_least_float32(torch.zeros_like(p)).detach() for p in self._model.params]
+            return [found[i] if i in found else _zeros(p) for i, p in enumerate(self._model.params)]
+        totals = [at_least_float32(_zeros(p)) for p in self._model.params]
         step = max(1, CHUNK_NUMEL // (self._layers.num_columns * sum(p.numel() for p in totals)))
         for data in slices(self._layers.num_data, step):
             for i, g in self._layers.gradients(data).items():
@@ -157,6 +162,10 @@ class BatchFactor:
         if self._rest is not None:
             yield self._columns
             yield from self._rest.held()
+
+
+def _zeros(param: Tensor, *columns: int) -> Tensor:
+    return torch.zeros(*param.shape, *columns, dtype=param.dtype, device=param.device)
 
 
 def _recorded(risk: EmpiricalRisk, X: Any) -> tuple[Linearization, LayerNotes]:
@@ -173,9 +182,22 @@ class _Rest:
     def __init__(self, risk: EmpiricalRisk, X: Any, positions: list[int]) -> None:
         self._risk = copy.copy(risk)
         self._risk.model = risk.model.restricted(positions)
-        self._risk.engine = copy.copy(risk.engine)
+        self._risk.engine = Engine(forward_mode=risk.engine.forward_mode)
         self._X = X
         self._linearization: Linearization = self._risk.linearize(X, Use(is_reused=True))
+        self._check()
+
+    def _check(self) -> None:
+        """Compare the two directions of what is kept, since the products that follow compare nothing."""
+        params = self._risk.model.params
+        generator = torch.Generator(self._risk.device).manual_seed(0)
+        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in params]
+        JV = self.push(V)
+        u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
+        if self._risk.engine.forward_mode and bool(disagree(u, JV, V, self.pull(u))):
+            self._risk.engine = Engine(forward_mode=False)
+            self._linearization = self._risk.linearize(self._X, Use(is_reused=True))
+            self.push(V)
 
     def push(self, V: list[Tensor]) -> Tensor:
         self._linearization, JV = self._risk.push(self._linearization, self._X, V)

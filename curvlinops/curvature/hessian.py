@@ -8,6 +8,7 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, RiskOptions
+from curvlinops.curvature.cost import Units
 from curvlinops.curvature.regularization import L2Regularized
 from curvlinops.risk.model import Parameters
 
@@ -44,6 +45,7 @@ class HessianLinearOperator(L2Regularized):
     """
 
     SELF_ADJOINT = True
+    _UNITS = Units(streamed=9, lean=9, kept=6)
 
     def __init__(
         self,

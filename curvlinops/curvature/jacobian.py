@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, RiskOptions
+from curvlinops.curvature.cost import Units
 from curvlinops.operators.algebra import Adjoint
 from curvlinops.operators.space import Space
 from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
@@ -51,6 +52,7 @@ class JacobianLinearOperator(CurvatureLinearOperator):
     """
 
     _ORDER_MATTERS = True
+    _UNITS = Units(streamed=3, lean=3, kept=2)
     _IS_SUM = False
     _STREAMS_PRODUCTS = False
 

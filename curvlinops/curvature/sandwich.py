@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, checked_budget
+from curvlinops.curvature.cost import Units
 from curvlinops.curvature.factor_operator import BatchFactor, FactorLinearOperator
 from curvlinops.memory import num_bytes
 from curvlinops.operators.low_rank import LowRankLinearOperator
@@ -21,6 +22,8 @@ from curvlinops.risk.losses.factors import HessianFactor, LossFactor, sampled_fa
 #: Columns of a datum up to which factors are cheaper than tangents by the third product: each takes a backward to
 #: prepare, 1 unit, and each product by factors saves 2 units and more.
 FEW_COLUMNS = 4
+#: Columns of a datum from which on factors are not thought of.
+MANY_COLUMNS = 64
 
 
 class SandwichLinearOperator(CurvatureLinearOperator):
@@ -28,6 +31,7 @@ class SandwichLinearOperator(CurvatureLinearOperator):
 
     SELF_ADJOINT = True
     POSITIVE_SEMIDEFINITE = True
+    _UNITS = Units(streamed=5, lean=6, kept=4)
 
     def _loss_factor(self, terms: Terms) -> LossFactor:
         """The factor S of a mini-batch."""
@@ -36,6 +40,13 @@ class SandwichLinearOperator(CurvatureLinearOperator):
     def _columns_a_datum(self, y: Any) -> int | None:
         """Columns that S has for each datum, where that can be told from the targets."""
         return None
+
+    def _factor_columns(self, X: Any, y: Any) -> int | None:
+        if self._risk.loss is None or not self._risk.loss.is_known or self._risk.model.is_closure:
+            return None
+        self._begin_pass()
+        num_columns = self._loss_factor(self._risk.terms(self._risk.predict(X), X, y)).num_columns
+        return num_columns if num_columns <= MANY_COLUMNS else None
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         keeper = self._risk.keeper
@@ -133,13 +144,11 @@ class SandwichProduct:
     def __call__(self, V: list[Tensor]) -> list[Tensor]:
         """Multiply columns-last tensors."""
         self._lin, JV = self._risk.push(self._lin, self._X, V)
-        is_first = self._factor is None
         if self._factor is None:  # one draw a mini-batch, after the forward that the first push runs
             self._factor = self._make_factor(self._risk.terms(self._lin.output, self._X, self._y))
         U = self._factor.gram(JV)
         R = self._lin.pull(U)
-        if is_first:
-            self._risk.note_products(U, JV, V, R)
+        self._risk.note_products(U, JV, V, R)
         return R
 
     def held(self) -> Iterator[Tensor]:

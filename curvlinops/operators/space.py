@@ -207,11 +207,13 @@ class Format:
 def _as_one(columns: Sequence[Tensor]) -> Tensor | None:
     """The matrix ``[D, K]`` that columns-last tensors are the consecutive rows of, where they share its memory."""
     first, num_columns = columns[0], columns[0].shape[-1]
+    if num_columns < 2:
+        return None
     numel = sum(c[..., 0].numel() for c in columns)
     offset = first.storage_offset()
     for c in columns:
         same = c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.storage_offset() == offset
-        if num_columns < 2 or numel == 0 or not same or c.stride(-1) != numel or not c[..., 0].is_contiguous():
+        if numel == 0 or not same or c.stride(-1) != numel or not c[..., 0].is_contiguous():
             return None
         offset += c[..., 0].numel()
     return torch.as_strided(first, (numel, num_columns), (1, numel))

@@ -306,7 +306,8 @@ class EmpiricalRisk:
                 lin, JV = self.push(self.linearize(X), X, V)
             except NoPushError:
                 return  # nothing to compare with
-            if self.engine.forward_mode and bool(disagree(JV, JV, V, lin.pull(JV))):
+            u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
+            if self.engine.forward_mode and bool(disagree(u, JV, V, lin.pull(u))):
                 self.engine = Engine(forward_mode=False)
                 check_by_difference(self.model, X, self.linearize(X))
                 self.engine.verified |= {"differences", "directions"}
@@ -333,19 +334,29 @@ class EmpiricalRisk:
         """J V, going over to double backward where the model has no forward mode."""
         if self.engine.forward_mode:
             try:
-                return linearization, linearization.push(V)
+                JV = linearization.push(V)
             except (RuntimeError, NotImplementedError) as error:
                 if is_out_of_memory(error):
                     raise
-            # What was wrong may have been X, which then fails here, and not the engine.
-            use = linearization.use
-            linearization = linearize(self.model, X, engine := Engine(forward_mode=False), use)
-            _ = linearization.prediction
-            self.engine = engine
+                # What was wrong may have been X, which then fails here, and not the engine.
+                _ = (
+                    other := linearize(self.model, X, engine := Engine(forward_mode=False), linearization.use)
+                ).prediction
+                self.engine, linearization = engine, other
+            else:
+                if self._is_plausible(JV, X):
+                    return linearization, JV
+                linearization = linearize(self.model, X, self.engine, linearization.use)
         if "differences" not in self.engine.verified:
             check_by_difference(self.model, X, linearization)
             self.engine.verified.add("differences")
         return linearization, linearization.push(V)
+
+    def _is_plausible(self, JV: Tensor, X: Any) -> bool:
+        """Whether forward mode can be believed: where tangents are lost entirely, a product has nothing to compare."""
+        if "directions" not in self.engine.verified and not bool(JV.flatten(0, -2).any(0).all()):
+            self.check_directions(X)
+        return self.engine.forward_mode
 
     def rewind(self, generator: torch.Generator) -> None:
         """Bring a generator to where it was when the current mini-batch drew first: kept ones draw no more."""
@@ -362,8 +373,12 @@ class EmpiricalRisk:
         return second_order
 
     def note_products(self, U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> None:
-        """Compare the two ways through the network, at no further product; the pass looks at the outcome once."""
-        if self._pass is not None:
+        """Compare the two ways through the network, at no further product; the pass looks at the outcome once.
+
+        Products that are kept are compared in the first pass only.
+        """
+        is_known = self.keeper is not None and self.keeper.keeps_all
+        if self._pass is not None and not is_known:
             self._pass.disagreements.append(disagree(U, JV, V, R))
 
     def gradient_and_loss(self) -> tuple[list[Tensor], Tensor]:

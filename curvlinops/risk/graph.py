@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -36,6 +36,13 @@ def saved_tensors(prediction: Tensor) -> Iterator[Tensor]:
 @cache
 def _saved_names(kind: Any) -> tuple[str, ...]:
     return tuple(name for name in dir(kind) if name.startswith("_saved_"))
+
+
+def are_used(prediction: Tensor, values: Sequence[Tensor]) -> list[bool]:
+    """Whether the graph behind a tensor reaches each of some leaves."""
+    parents = (parent for node in nodes_of(prediction) for parent, _ in node.next_functions)
+    reached = {id(parent.variable) for parent in parents if parent is not None and hasattr(parent, "variable")}
+    return [id(value) in reached for value in values]
 
 
 def has_convolution(prediction: Tensor) -> bool:

@@ -82,6 +82,10 @@ class Keeper:
         """The mini-batches that are kept."""
         return (kept.batch for kept in self._kept)
 
+    def products(self) -> Iterator[Any]:
+        """What they left behind."""
+        return (kept.what for kept in self._kept)
+
     def prepare(self) -> None:
         """Called before the data are read."""
         self._states.restore()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -41,6 +42,7 @@ class FunctionalModel:
                 "A model called as model(params, X) needs params as a dict from names to tensors, got a list."
             )
         self._module_names = self._names_in_module() if self.is_module else None
+        self._slots = _slots_of(self._inner, self._module_names) if self._module_names is not None else []
         self._check_alike()
 
     # ------------------------------------------------------------------- calling
@@ -61,7 +63,7 @@ class FunctionalModel:
         if self.takes_params:
             return prediction_of(self._inner(dict(zip(self._names_given or (), values, strict=True)), X))
         args, kwargs = self._as_arguments(X)
-        return prediction_of(functional_call(self._inner, self._replacements(values), args, kwargs))
+        return prediction_of(functional_call(self._inner, self._replacements(values), args, kwargs, tie_weights=False))
 
     def leaves(self) -> list[Tensor]:
         """Tensors over the same memory for autograd to follow; a closure's own tensors."""
@@ -81,12 +83,16 @@ class FunctionalModel:
             return action()
         held = _Holder(self._inner)
         replacements = {f"module.{name}": value for name, value in self._replacements(values).items()}
-        return functional_call(held, replacements, (action,))  # type: ignore[no-any-return]
+        return functional_call(held, replacements, (action,), tie_weights=False)  # type: ignore[no-any-return]
 
     def _replacements(self, values: Sequence[Tensor]) -> dict[str, Tensor]:
         # Buffers go in as copies: what a forward writes to them is not the user's.
-        buffers = {name: buffer.clone() for name, buffer in self._inner.named_buffers()}
-        return {**buffers, **dict(zip(self._module_names or (), values, strict=True))}
+        copies: dict[int, Tensor] = {}
+        buffers = {
+            name: copies.setdefault(id(buffer), buffer.clone())
+            for name, buffer in _places(self._inner, "_buffers").items()
+        }
+        return {**buffers, **{name: value for names, value in zip(self._slots, values, strict=True) for name in names}}
 
     def _as_arguments(self, X: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if isinstance(X, Mapping) and all(key in self._forward_names for key in X):
@@ -135,7 +141,11 @@ class FunctionalModel:
             self._refuse_hidden_tensors()
             copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.params]
             return FunctionalModel(self.model_func, dict(zip(self._names_given or (), copies, strict=True)))
-        inner = copy.deepcopy(self._inner)
+        with torch.no_grad():  # copies of scripted modules would be computed from the originals
+            inner = copy.deepcopy(self._inner)
+        originals = dict(self._inner.named_parameters(remove_duplicate=False))
+        for name, p in inner.named_parameters(remove_duplicate=False):
+            p.requires_grad_(originals[name].requires_grad)
         own = dict(inner.named_parameters(remove_duplicate=False))
         if self._holds_own_tensors:
             copies = [own[name] for name in self._module_names or ()]
@@ -252,6 +262,27 @@ class _Holder(nn.Module):
 
     def forward(self, action: Callable[[], T]) -> T:
         return action()
+
+
+def _places(module: nn.Module, kind: str) -> dict[str, Tensor]:
+    """The tensors of a module by name, one name for each place that holds one.
+
+    Weights that are tied lie in several places, and a module under two names is one place all the same: replaced twice,
+    it would not get its own tensors back.
+    """
+    found: dict[tuple[int, str], tuple[str, Tensor]] = {}
+    for prefix, part in module.named_modules(remove_duplicate=False):
+        for name, tensor in getattr(part, kind).items():
+            if tensor is not None:
+                found.setdefault((id(part), name), (f"{prefix}.{name}" if prefix else name, tensor))
+    return dict(found.values())
+
+
+def _slots_of(module: nn.Module, names: Sequence[str]) -> list[list[str]]:
+    """The names of the places that hold the same parameter as each given name."""
+    places = _places(module, "_parameters")
+    own = dict(module.named_parameters(remove_duplicate=False))
+    return [[place for place, tensor in places.items() if tensor is own[name]] for name in names]
 
 
 def unwrapped(model_func: Any) -> Any:

@@ -137,7 +137,7 @@ class TapeRecorder(TorchDispatchMode):
         for i in buffers:
             arguments[i] = arguments[i].clone()
         result = func(*args, **kwargs)
-        is_flat = not kwargs and len(arguments) == len(args)
+        is_flat = not kwargs and not any(isinstance(a, (list, tuple, dict)) for a in args)
         self._note(_Operation(func, arguments, structure, inputs, buffers, [], [], is_flat), result)
         return result
 
@@ -215,6 +215,8 @@ def _geometry(tensor: Tensor) -> _Geometry:
         tuple(tensor.shape),
         tuple(tensor.stride()),
         tensor.dtype,
+        tensor.is_conj(),
+        tensor.is_neg(),
     )
 
 

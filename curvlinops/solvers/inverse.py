@@ -137,7 +137,7 @@ class CGInverseLinearOperator(LinearOperator):
         B = Space.merge(X)
         # Half precision cannot hold the recurrences; only the products are made in it.
         work = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else self.dtype
-        A = self._A.linearize()
+        A = _prepared(self._A)
         solution, self.info = conjugate_gradients(
             self._product("A", A, work),
             B.to(work),
@@ -152,7 +152,7 @@ class CGInverseLinearOperator(LinearOperator):
     def _preconditioning(self, work: torch.dtype) -> Product | None:
         preconditioner = self._preconditioner
         if isinstance(preconditioner, LinearOperator):
-            preconditioner = preconditioner.linearize()
+            preconditioner = _prepared(preconditioner)
         return None if preconditioner is None else self._product("preconditioner", preconditioner, work)
 
     def _product(self, name: str, factor: Preconditioner, work: torch.dtype) -> Product:
@@ -203,3 +203,11 @@ class CGInverseLinearOperator(LinearOperator):
             preconditioner = preconditioner.frozen()
         options = (self._rtol, self._max_iter, preconditioner, self._x0)
         return CGInverseLinearOperator(self._A.frozen(), *options, on_breakdown=self._on_breakdown)
+
+
+def _prepared(operator: LinearOperator) -> LinearOperator:
+    """The operator ready for many products; itself where its model cannot be frozen (it closes over its parameters)."""
+    try:
+        return operator.linearize()
+    except NotImplementedError:
+        return operator

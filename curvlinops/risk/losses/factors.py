@@ -27,6 +27,11 @@ class LossFactor(ABC):
         for column in self._column_rows():
             yield self._terms.from_rows(column.unsqueeze(-1)).squeeze(-1)
 
+    @property
+    @abstractmethod
+    def num_columns(self) -> int:
+        """Columns of a datum."""
+
     @abstractmethod
     def _gram_rows(self, U: Tensor) -> Tensor: ...
 
@@ -36,6 +41,11 @@ class LossFactor(ABC):
 
 class HessianFactor(LossFactor):
     """S Sᵀ = ∇²_f ℓ exactly: gives the generalised Gauss-Newton matrix."""
+
+    @property
+    def num_columns(self) -> int:
+        """One for each position and channel."""
+        return self._terms.rows.shape[1:].numel()
 
     def _gram_rows(self, U: Tensor) -> Tensor:
         return self._terms.hessian_matmat(U)
@@ -56,6 +66,11 @@ class OuterProductFactor(LossFactor):
         super().__init__(terms)
         self._columns = columns
 
+    @property
+    def num_columns(self) -> int:
+        """M."""
+        return self._columns.shape[-1]
+
     def _gram_rows(self, U: Tensor) -> Tensor:
         S = self._columns.flatten(1, 2)
         V = U.flatten(1, 2)
@@ -73,6 +88,11 @@ class PositionFactor(LossFactor):
     def __init__(self, terms: Terms, columns: Tensor) -> None:
         super().__init__(terms)
         self._columns = columns
+
+    @property
+    def num_columns(self) -> int:
+        """One for each position."""
+        return self._columns.shape[1]
 
     def _gram_rows(self, U: Tensor) -> Tensor:
         g = self._columns.unsqueeze(-1)
