@@ -96,10 +96,9 @@ def worth_a_look(problem: Problem, name: str) -> bool:
     return name in ("hessian", "ggn") and problem.name not in LAYERED
 
 
-REPLACED = {("layer-under-two-names", "ggn-diagonal"): "functional_call leaves other tensors in the module"}
 
 
-@cases(only=worth_a_look, bugs=REPLACED)
+@cases(only=worth_a_look)
 def test_nothing_changes(problem: Problem, kind: Kind) -> None:
     """Construction, with its check of determinism, and products leave the user's objects as they were."""
     instance = problem.make()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.memory import total_memory
 from curvlinops.operators.base import LinearOperator, unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.risk.empirical_risk import EmpiricalRisk
@@ -40,6 +41,9 @@ class BatchFactor:
         X: Inputs.
         y: Targets.
         loss_factor: Gives S.
+
+    Raises:
+        MemoryError: If the columns of one mini-batch would take half of all memory.
 
     Attributes:
         uncovered: Positions of the parameters that the prediction depends on and that no note covers.
@@ -72,6 +76,7 @@ class BatchFactor:
         self._model = risk.model
         self._device = risk.device
         S = loss_factor(risk.terms(linearization.output, X, y))
+        _check_size(S.num_columns, notes, self._device)
         self._columns = torch.stack(list(S.columns()))
         self._layers = risk.model.holding(linearization.values, lambda: notes.factors(self._columns))
         covered = set(self._layers.positions)
@@ -162,6 +167,15 @@ class BatchFactor:
         if self._rest is not None:
             yield self._columns
             yield from self._rest.held()
+
+
+def _check_size(num_columns: int, notes: LayerNotes, device: torch.device) -> None:
+    needed = 4 * num_columns * notes.numel
+    if needed > total_memory(device) // 2:
+        raise MemoryError(
+            f"A datum of this mini-batch has {num_columns} columns, whose output gradients take {needed / 2**30:.3g} "
+            "GiB: use engine='tangents', smaller mini-batches, or FisherMCLinearOperator with one column a sample."
+        )
 
 
 def _zeros(param: Tensor, *columns: int) -> Tensor:

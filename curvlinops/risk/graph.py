@@ -45,9 +45,10 @@ def are_used(prediction: Tensor, values: Sequence[Tensor]) -> list[bool]:
     return [id(value) in reached for value in values]
 
 
-def has_convolution(prediction: Tensor) -> bool:
-    """Whether the graph behind a tensor has a convolution in it."""
-    return any("Convolution" in type(node).__name__ for node in nodes_of(prediction))
+def operations_in(prediction: Tensor, names: Sequence[str]) -> list[str]:
+    """Which of some operations are in the graph behind a tensor, by part of their names."""
+    kinds = {type(node).__name__ for node in nodes_of(prediction)}
+    return [name for name in names if any(name in kind for kind in kinds)]
 
 
 def custom_functions(prediction: Tensor) -> list[str]:

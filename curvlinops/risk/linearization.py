@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad, grad
 
 from curvlinops.memory import num_bytes
-from curvlinops.risk.graph import has_convolution, named, refuse_by_name, saved_tensors
+from curvlinops.risk.graph import named, operations_in, refuse_by_name, saved_tensors
 from curvlinops.risk.layers.proofs import Proofs
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.tangents import TangentRules, TooLargeError
@@ -89,7 +89,9 @@ class Engine:
         """
         if self.chunk_size is None:
             device = "cpu" if prediction.device.type == "cpu" else "cuda"
-            allowed = (_CHUNK_BYTES_OF_CONVOLUTIONS if has_convolution(prediction) else _CHUNK_BYTES)[device]
+            allowed = (_CHUNK_BYTES_OF_CONVOLUTIONS if operations_in(prediction, ["Convolution"]) else _CHUNK_BYTES)[
+                device
+            ]
             size = allowed // max(1, num_bytes(saved_tensors(prediction)))
             self.chunk_size = min(_MAX_CHUNK_SIZE[device], max(1, size))
 

@@ -44,8 +44,11 @@ class Pass:
     def empty(shapes: Sequence[Sequence[int]], like: Tensor, use: Use) -> Pass:
         """A pass that has not begun; sums are in at least float32 and have each column in one piece of memory."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        sums = _zeros([tuple(shape) for shape in shapes], dtype, like.device)
-        return Pass(sums, torch.zeros((), dtype=torch.float64, device=like.device), use)
+        counts = {tuple(shape)[-1:] for shape in shapes}
+        in_pieces = len(counts) == 1 and counts != {()} and counts != {(1,)}
+        sums = (_column_zeros if in_pieces else _zeros)([tuple(s) for s in shapes], dtype, like.device)
+        denominator = torch.zeros((), dtype=torch.float64, device=like.device)
+        return Pass(sums, denominator, use, are_ours=in_pieces)
 
     def add(self, batch: int, piece: Piece) -> None:
         """Add a mini-batch's result, or some columns of it.
@@ -67,7 +70,7 @@ class Pass:
         if is_whole and self.num_batches == 0:
             # Not copied; it can be the user's own vector (the gradient of an identity is).
             self.sums, self.are_ours = tensors, False
-        elif self.num_batches == 0:
+        elif self.num_batches == 0 and self.are_ours:
             torch._foreach_copy_(sums, tensors)
         elif is_whole and not self.are_ours:
             self.sums, self.are_ours = list(torch._foreach_add(sums, tensors)), True
@@ -84,14 +87,15 @@ class Pass:
 
 
 def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Zeros of the given shapes; columns ``[*shape, K]`` with one K lie in memory one after the other, whole."""
-    counts = {shape[-1:] for shape in shapes}
-    if len(counts) != 1 or counts == {()}:
-        return [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
-    (num_columns,) = counts.pop()
+    """Zeros that take no memory, to be replaced by the first mini-batch's result."""
+    return [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape in shapes]
+
+
+def _column_zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+    """Zeros ``[*shape, K]`` whose columns lie in memory one after the other, whole."""
+    num_columns = shapes[0][-1]
     sizes = [prod(shape[:-1]) for shape in shapes]
-    together = torch.zeros(num_columns, sum(sizes), dtype=dtype, device=device)
-    parts = together.split(sizes, 1)
+    parts = torch.zeros(num_columns, sum(sizes), dtype=dtype, device=device).split(sizes, 1)
     return [part.reshape(num_columns, *shape[:-1]).movedim(0, -1) for part, shape in zip(parts, shapes, strict=True)]
 
 

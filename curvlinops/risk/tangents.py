@@ -218,9 +218,13 @@ def _gelu(func: Any, input: Tensor, approximate: str = "none") -> Tensor | None:
     if x is None or dx is None:
         return None
     primal: Tensor = func(x, approximate=approximate)
-    one = dx.new_ones(()).expand_as(dx)
-    derivative = torch.ops.aten.gelu_backward(one, x.detach(), approximate=approximate)
+    derivative = torch.ops.aten.gelu_backward(_one(x), x.detach(), approximate=approximate)
     return _dual(primal, dx * derivative)
+
+
+def _one(x: Tensor) -> Tensor:
+    """Ones like x, made from nothing that depends on tangents, so that what is made of them is a tape's constant."""
+    return torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape)
 
 
 def _silu(func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
@@ -229,7 +233,7 @@ def _silu(func: Any, input: Tensor, inplace: bool = False) -> Tensor | None:
     if x is None or dx is None or inplace:
         return None
     primal: Tensor = func(x)
-    derivative = torch.ops.aten.silu_backward(dx.new_ones(()).expand_as(dx), x.detach())
+    derivative = torch.ops.aten.silu_backward(_one(x), x.detach())
     return _dual(primal, dx * derivative)
 
 

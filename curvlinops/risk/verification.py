@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from curvlinops.risk.graph import custom_functions, named
+from curvlinops.risk.graph import custom_functions, named, operations_in
 from curvlinops.risk.linearization import Linearization, SecondOrder
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.model import FunctionalModel
@@ -91,15 +91,17 @@ def check_by_difference(model: FunctionalModel, X: Any, linearization: Lineariza
 
 
 def check_hessian_by_difference(model: FunctionalModel, second_order: SecondOrder, gradient: Any) -> None:
-    """Compare the Hessian with a central difference of the gradient, where user-written functions are involved.
+    """Compare the Hessian with a central difference of the gradient, where there is reason to doubt it.
 
-    Cost: a product and some gradients, once, and only for models with custom autograd functions.
+    Cost: a product and some gradients, once, and only for models with custom autograd functions or with operations
+    of PyTorch whose double backward is known to be wrong.
 
     Raises:
         NotImplementedError: If the two differ.
     """
     prediction = second_order.prediction
-    if not custom_functions(prediction):
+    doubtful = [*custom_functions(prediction), *operations_in(prediction, _WRONG_DOUBLE_BACKWARD)]
+    if not doubtful:
         return
     if coarsest_dtype(prediction, *model.params) in (torch.bfloat16, torch.float16):
         return
@@ -107,9 +109,14 @@ def check_hessian_by_difference(model: FunctionalModel, second_order: SecondOrde
     product = [r.squeeze(-1) for r in second_order([g.unsqueeze(-1) for g in v])]
     if not _matches(product, v, model, gradient, torch.cat([g.flatten() for g in v])):
         raise NotImplementedError(
-            f"The Hessian and a central difference of the gradient disagree{named(prediction)}: the backward of a "
-            "custom autograd function must itself be written with differentiable operations on saved tensors."
+            f"The Hessian and a central difference of the gradient disagree (look at: {', '.join(doubtful)}): the "
+            "backward of a custom autograd function must itself be written with differentiable operations on saved "
+            "tensors; weight_norm must be written out."
         )
+
+
+#: The fused kernel of weight_norm, on the CPU.
+_WRONG_DOUBLE_BACKWARD = ("WeightNormInterface",)
 
 
 def _matches(
