@@ -15,29 +15,25 @@ from curvlinops.memory import default_budget
 from curvlinops.risk.batches import Batch, read_batch, visible_size
 from curvlinops.risk.collective import all_reduced, rank_of
 from curvlinops.risk.columns import Piece
+from curvlinops.risk.derivatives import Derivatives
 from curvlinops.risk.keeping import Keeper, T
 from curvlinops.risk.linearization import (
     Engine,
-    Linearization,
-    NoPushError,
-    SecondOrder,
     Use,
-    filled,
-    gradients_of,
     is_out_of_memory,
-    linearize,
 )
 from curvlinops.risk.losses import Loss, Terms
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.passes import Pass, are_finite, check_data
+from curvlinops.risk.second_order import SecondOrder, filled, gradients_of
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
-from curvlinops.risk.verification import check_by_difference, check_hessian_by_difference, disagree
+from curvlinops.risk.verification import check_hessian_by_difference, disagree
 
 #: Maps the inputs and targets of a mini-batch to its sum over data, piece by piece.
 BatchSum = Callable[[Any, Any], Iterable[Piece]]
 
 
-class EmpiricalRisk:
+class EmpiricalRisk(Derivatives):
     """The loss of a whole data set at the current parameters, and everything that is summed over its mini-batches.
 
     Args:
@@ -68,7 +64,7 @@ class EmpiricalRisk:
         check_data(data)
         if weight_fn is not None and loss is not None:
             loss.require_known("weight_fn")
-        self.model = model
+        super().__init__(model)
         self.loss = loss
         self.data = data
         self.name = name
@@ -77,15 +73,9 @@ class EmpiricalRisk:
         self.batch_size_fn = batch_size_fn
         self.weight_fn = weight_fn
         self.process_group = process_group
-        self.engine = Engine(forward_mode=not model.is_closure)
         self.use = Use(max_bytes=default_budget(self.device))
         self.keeper: Keeper | None = None
         self._pass: Pass | None = None
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters, to which mini-batches are moved."""
-        return self.model.params[0].device
 
     @property
     def rank(self) -> int:
@@ -288,34 +278,6 @@ class EmpiricalRisk:
         with torch.enable_grad():
             return self.model(self.model.leaves(), X).detach()
 
-    def check_directions(self, X: Any) -> None:
-        """Once: the two directions through the network agree, for what uses only one of them.
-
-        Cost: about a product, at one mini-batch.
-
-        Raises:
-            NotImplementedError: If they differ in every engine.
-        """
-        if "directions" in self.engine.verified:
-            return
-        self.engine.verified.add("directions")
-        generator = torch.Generator(self.device).manual_seed(0)
-        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
-        with preserved_random_state(None, self.device):
-            try:
-                lin, JV = self.push(self.linearize(X), X, V)
-            except NoPushError:
-                return  # nothing to compare with
-            u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
-            if self.engine.forward_mode and bool(disagree(u, JV, V, lin.pull(u))):
-                self.engine = Engine(forward_mode=False)
-                check_by_difference(self.model, X, self.linearize(X))
-                self.engine.verified |= {"differences", "directions"}
-
-    def linearize(self, X: Any, use: Use | None = None) -> Linearization:
-        """The model at one mini-batch as push and pull; forward mode where the model has it."""
-        return linearize(self.model, X, self.engine, use or self._current_use)
-
     @property
     def _current_use(self) -> Use:
         """What a linearisation of the current mini-batch is for."""
@@ -329,34 +291,6 @@ class EmpiricalRisk:
         if self.keeper is None or self._pass is None:
             return make()
         return self.keeper.obtain(self._pass.batch_index, make)
-
-    def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
-        """J V, going over to double backward where the model has no forward mode."""
-        if self.engine.forward_mode:
-            try:
-                JV = linearization.push(V)
-            except (RuntimeError, NotImplementedError) as error:
-                if is_out_of_memory(error):
-                    raise
-                # What was wrong may have been X, which then fails here, and not the engine.
-                _ = (
-                    other := linearize(self.model, X, engine := Engine(forward_mode=False), linearization.use)
-                ).prediction
-                self.engine, linearization = engine, other
-            else:
-                if self._is_plausible(JV, X):
-                    return linearization, JV
-                linearization = linearize(self.model, X, self.engine, linearization.use)
-        if "differences" not in self.engine.verified:
-            check_by_difference(self.model, X, linearization)
-            self.engine.verified.add("differences")
-        return linearization, linearization.push(V)
-
-    def _is_plausible(self, JV: Tensor, X: Any) -> bool:
-        """Whether forward mode can be believed: where tangents are lost entirely, a product has nothing to compare."""
-        if "directions" not in self.engine.verified and not bool(JV.flatten(0, -2).any(0).all()):
-            self.check_directions(X)
-        return self.engine.forward_mode
 
     def rewind(self, generator: torch.Generator) -> None:
         """Bring a generator to where it was when the current mini-batch drew first: kept ones draw no more."""

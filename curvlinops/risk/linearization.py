@@ -10,7 +10,7 @@ follow, and callables that close over their parameters.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -269,59 +269,6 @@ class DoubleBackward(Linearization):
 def unstacked(V: Columns) -> list[list[Tensor]]:
     """The columns of ``[*shape, K]``, each as a tensor for each parameter."""
     return [[v[..., k] for v in V] for k in range(V[0].shape[-1])]
-
-
-class SecondOrder:
-    """The Hessian of a function of the prediction at one mini-batch, by differentiating its gradient.
-
-    Args:
-        model: The model.
-        X: Inputs of the mini-batch.
-        engine: What is known about the model.
-        objective: Maps the prediction, with its graph, to a scalar.
-    """
-
-    def __init__(self, model: FunctionalModel, X: Any, engine: Engine, objective: Callable[[Tensor], Tensor]) -> None:
-        self._model = model
-        self._engine = engine
-        self.values = model.leaves()
-        self.prediction = checked(model(self.values, X), engine, twice=True)
-        engine.learn_chunk_size(self.prediction)
-        value = objective(self.prediction)
-        self._gradients = gradients_of(model, value, self.values, create_graph=True)
-
-    @property
-    def gradient(self) -> list[Tensor]:
-        """The gradient, without its graph."""
-        return [g.detach() for g in filled(self._gradients, self.values)]
-
-    def held(self) -> Iterator[Tensor]:
-        """The tensors that are held between products."""
-        for gradient in self._gradients:
-            if gradient is not None:
-                yield from saved_tensors(gradient)
-
-    def __call__(self, V: Columns) -> list[Tensor]:
-        """The Hessian times columns-last tensors ``[*shape, K]``."""
-        curved = [(g, v) for g, v in zip(self._gradients, V, strict=True) if g is not None and g.requires_grad]
-        if not curved:
-            return [torch.zeros_like(v) for v in V]
-        outputs, columns = zip(*curved, strict=True)
-        return self._model.holding(self.values, lambda: backward(outputs, self.values, columns, self._engine))
-
-
-def gradients_of(
-    model: FunctionalModel, value: Tensor, values: Sequence[Tensor], create_graph: bool = False
-) -> Sequence[Tensor | None]:
-    """The gradients of a scalar at parameter values, ``None`` where it does not depend on them."""
-    if not value.requires_grad:
-        return [None] * len(values)
-    return model.holding(values, lambda: grad(value, values, create_graph=create_graph, allow_unused=True))
-
-
-def filled(gradients: Sequence[Tensor | None], values: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients with zeros for those that are missing."""
-    return [torch.zeros_like(v) if g is None else g for g, v in zip(gradients, values, strict=True)]
 
 
 def checked(prediction: Tensor, engine: Engine, twice: bool) -> Tensor:

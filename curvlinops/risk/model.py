@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from curvlinops.risk.modules import modules_used_by, places_of, slots_of, unwrapped
 
 T = TypeVar("T")
 Parameters = Sequence[Tensor] | Mapping[str, Tensor]
@@ -42,7 +43,7 @@ class FunctionalModel:
                 "A model called as model(params, X) needs params as a dict from names to tensors, got a list."
             )
         self._module_names = self._names_in_module() if self.is_module else None
-        self._slots = _slots_of(self._inner, self._module_names) if self._module_names is not None else []
+        self._slots = slots_of(self._inner, self._module_names) if self._module_names is not None else []
         self._check_alike()
 
     # ------------------------------------------------------------------- calling
@@ -90,7 +91,7 @@ class FunctionalModel:
         copies: dict[int, Tensor] = {}
         buffers = {
             name: copies.setdefault(id(buffer), buffer.clone())
-            for name, buffer in _places(self._inner, "_buffers").items()
+            for name, buffer in places_of(self._inner, "_buffers").items()
         }
         return {**buffers, **{name: value for names, value in zip(self._slots, values, strict=True) for name in names}}
 
@@ -118,7 +119,7 @@ class FunctionalModel:
     @cached_property
     def hidden_modules(self) -> list[nn.Module]:
         """Modules that a callable closes over or is bound to; none where the model is a module itself."""
-        return [] if self.is_module else _modules_used_by(self._inner)
+        return [] if self.is_module else modules_used_by(self._inner)
 
     @property
     def has_recurrence(self) -> bool:
@@ -264,40 +265,6 @@ class _Holder(nn.Module):
         return action()
 
 
-def _places(module: nn.Module, kind: str) -> dict[str, Tensor]:
-    """The tensors of a module by name, one name for each place that holds one.
-
-    Weights that are tied lie in several places, and a module under two names is one place all the same: replaced twice,
-    it would not get its own tensors back.
-    """
-    found: dict[tuple[int, str], tuple[str, Tensor]] = {}
-    for prefix, part in module.named_modules(remove_duplicate=False):
-        for name, tensor in getattr(part, kind).items():
-            if tensor is not None:
-                found.setdefault((id(part), name), (f"{prefix}.{name}" if prefix else name, tensor))
-    return dict(found.values())
-
-
-def _slots_of(module: nn.Module, names: Sequence[str]) -> list[list[str]]:
-    """The names of the places that hold the same parameter as each given name."""
-    places = _places(module, "_parameters")
-    own = dict(module.named_parameters(remove_duplicate=False))
-    return [[place for place, tensor in places.items() if tensor is own[name]] for name in names]
-
-
-def unwrapped(model_func: Any) -> Any:
-    """The model inside of data-parallel and compilation wrappers."""
-    while True:
-        if isinstance(model_func, (DataParallel, DistributedDataParallel)):
-            model_func = model_func.module
-        elif isinstance(model_func, nn.Module) and hasattr(model_func, "_orig_mod"):
-            model_func = model_func._orig_mod
-        elif not isinstance(model_func, nn.Module) and hasattr(model_func, "_torchdynamo_orig_callable"):
-            model_func = model_func._torchdynamo_orig_callable
-        else:
-            return model_func
-
-
 def prediction_of(output: Any) -> Tensor:
     """The tensor that a model's output stands for."""
     if not isinstance(output, Tensor):
@@ -311,30 +278,6 @@ def prediction_of(output: Any) -> Tensor:
     if output.ndim == 0:
         raise ValueError("Expected a prediction with the datum on axis 0, got a scalar: return one row per datum.")
     return output
-
-
-def _modules_used_by(holder: Any, depth: int = 3) -> list[nn.Module]:
-    """Modules that a callable, or an object or container that it uses, holds."""
-    if isinstance(holder, nn.Module):
-        return [holder]
-    if depth == 0:
-        return []
-    held: list[Any] = []
-    if isinstance(holder, partial):
-        held = [holder.func, *holder.args, *holder.keywords.values()]
-    elif inspect.ismethod(holder):
-        held = [holder.__self__, holder.__func__]
-    elif inspect.isfunction(holder):
-        variables = inspect.getclosurevars(holder)
-        held = [*variables.nonlocals.values(), *variables.globals.values()]
-    elif isinstance(holder, Mapping):
-        held = list(holder.values())
-    elif isinstance(holder, (list, tuple)):
-        held = list(holder)
-    elif hasattr(holder, "__dict__") and not inspect.ismodule(holder) and not inspect.isclass(holder):
-        held = list(vars(holder).values())
-    found = [module for item in held for module in _modules_used_by(item, depth - 1)]
-    return list({id(module): module for module in found}.values())
 
 
 def _checked_params(params: Any) -> list[Tensor]:

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from curvlinops.risk.graph import custom_functions, named, operations_in
-from curvlinops.risk.linearization import Linearization, SecondOrder
+from curvlinops.risk.linearization import Linearization
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.second_order import SecondOrder
 
 
 def disagree(U: Tensor, JV: Tensor, V: Sequence[Tensor], R: Sequence[Tensor]) -> Tensor:

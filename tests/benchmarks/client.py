@@ -6,6 +6,7 @@ import json
 import os
 import select
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,34 @@ RETURN_MEMORY_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHO
 """For glibc: without these, what it keeps of freed memory blurs the figures by tens of MiB (and with them, time)."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """What holds for all workers.
+
+    Attributes:
+        device: Device of the computations.
+        dtype: Dtype of parameters and data.
+        tf32: Whether a GPU may use TF32.
+        gib: Limit of the address space, 0 for none.
+        timeout: Seconds after which a call is given up.
+    """
+
+    device: str
+    dtype: str
+    tf32: bool
+    gib: float
+    timeout: float
+
+
 class Client:
     """Talks with a worker of one environment and starts another one when it is lost."""
 
-    def __init__(
-        self, label: str, python: str, device: str, threads: int, gib: float, timeout: float, for_memory: bool = False
-    ) -> None:
+    def __init__(self, label: str, python: str, setting: Setting, threads: int, for_memory: bool = False) -> None:
         """Start a worker; ``python`` is the interpreter of its environment."""
         self.label = label
-        self.timeout = timeout
-        self._command = [python, str(Path(__file__).with_name("worker.py")), device, str(threads), str(gib)]
+        self.timeout = setting.timeout
+        arguments = [setting.device, setting.dtype, str(threads), str(setting.gib), str(int(setting.tf32))]
+        self._command = [python, str(Path(__file__).with_name("worker.py")), *arguments]
         self._environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if for_memory:
             self._environment |= RETURN_MEMORY_AT_ONCE

@@ -1,4 +1,4 @@
-"""How one item is measured inside one environment: the call, its time and its peak memory."""
+"""Time and peak memory of one job, and which attention kernel is at work."""
 
 from __future__ import annotations
 
@@ -6,75 +6,15 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import curvlinops
-from tests.benchmarks.items import DIAGONALS, MATRICES, NUM_COLUMNS
+from tests.benchmarks.jobs import MIB, Job
 from tests.benchmarks.networks import Problem, TransformerBlock
-
-MIB = 2**20
-
-
-class NotOffered(Exception):
-    """The environment's curvlinops has no such class."""
-
-
-def gradient(problem: Problem) -> tuple[Tensor, ...]:
-    """Compute one gradient over all data with plain autograd: the unit of all ratios."""
-    total: tuple[Tensor, ...] | None = None
-    for X, y in problem.data:
-        grads = torch.autograd.grad(problem.loss(problem.model(X), y), problem.params)
-        total = grads if total is None else tuple(a + b for a, b in zip(total, grads))
-    assert total is not None
-    return total
-
-
-def prepare(problem: Problem, action: str, matrix: str) -> Callable[[], Any]:
-    """Build everything that is not part of the item and return the call that is."""
-    if action == "gradient":
-        return lambda: gradient(problem)
-    if action == "diagonal":
-        return _prepare_diagonal(problem, matrix)
-
-    cls = _find(MATRICES[matrix][1])
-    head = (problem.model, problem.loss, problem.params, problem.data)
-    if action == "construct":
-        return lambda: cls(*head)
-    if action == "construct_unchecked":
-        return lambda: cls(*head, check_deterministic=False)
-    vector = _random(problem, ())
-    if action == "first":
-        return lambda: cls(*head) @ vector
-    operator = cls(*head, check_deterministic=False)
-    operand = vector if action == "product" else _random(problem, (NUM_COLUMNS,))
-    return lambda: operator @ operand
-
-
-def _prepare_diagonal(problem: Problem, matrix: str) -> Callable[[], Any]:
-    """Return the call that makes a new diagonal and uses it once: it is computed at its first use."""
-    _, name, options = DIAGONALS[matrix]
-    cls = _find(name)
-    vector = _random(problem, ())
-    head = (problem.model, problem.loss, problem.params, problem.data)
-    return lambda: cls(*head, check_deterministic=False, **options) @ vector
-
-
-def _find(name: str) -> Callable[..., Any]:
-    if not hasattr(curvlinops, name):
-        raise NotOffered(name)
-    return getattr(curvlinops, name)
-
-
-def _random(problem: Problem, shape: tuple[int, ...]) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    values = torch.rand(problem.num_params, *shape, generator=generator)
-    return values.to(problem.params[0].device)
 
 
 def attention_context(math: bool) -> contextlib.AbstractContextManager[None]:
@@ -102,29 +42,33 @@ def attention_kernel(problem: Problem) -> str | None:
     return "MATH"
 
 
-def timed(call: Callable[[], Any], device: str) -> dict[str, float]:
-    """Run a call once: CPU seconds of this process over all its threads, and wall seconds."""
+def timed(job: Job, device: str) -> dict[str, Any]:
+    """Run a job once: CPU seconds of this process over all its threads, and wall seconds; for a series, lists."""
+    prepared = job.begin()
     _synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    result = call()
+    result = job.run(prepared)
     _synchronize(device)
-    seconds = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-    del result
+    seconds: dict[str, Any] = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    if job.is_series:
+        seconds["series"] = {"cpu": [cpu for cpu, _ in result], "wall": [wall for _, wall in result]}
+    del result, prepared
     return seconds
 
 
-def peak_memory(call: Callable[[], Any], device: str) -> float:
-    """Run a call once and return the MiB by which memory in use rose at most."""
+def peak_memory(job: Job, device: str) -> float:
+    """Run a job once and return the MiB by which memory in use rose at most."""
+    prepared = job.begin()
     if device != "cpu":
         _synchronize(device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
+        job.run(prepared)
         _synchronize(device)
         return (torch.cuda.max_memory_allocated() - before) / MIB
     _reset_peak()
     baseline = _max_resident()
-    call()
+    job.run(prepared)
     return _max_resident() - baseline
 
 

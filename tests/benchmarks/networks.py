@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,12 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tests.benchmarks.items import BATCH_SIZE
+
 Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A model in eval mode, its loss, its trainable parameters and one batch of data."""
+    """A model in eval mode, its loss, its trainable parameters and data in batches."""
 
     model: nn.Module
     loss: nn.Module
@@ -25,6 +28,12 @@ class Problem:
     def num_params(self) -> int:
         """The number of columns of the matrices."""
         return sum(p.numel() for p in self.params)
+
+    def doubled(self) -> Problem:
+        """The same in float64: model and data are converted, not drawn anew."""
+        model = copy.deepcopy(self.model).double()
+        data = [(X.double() if X.is_floating_point() else X, y) for X, y in self.data]
+        return Problem(model, self.loss, list(model.parameters()), data)
 
 
 class ResidualBlock(nn.Module):
@@ -122,10 +131,12 @@ _NETWORKS: dict[str, Callable[[], tuple[nn.Module, Callable[[int], Batch]]]] = {
 }
 
 
-def build(name: str, num_data: int, device: str = "cpu") -> Problem:
-    """Build a network, and one batch of ``num_data`` random data for it, from a fixed seed."""
+def build(name: str, num_data: int, device: str = "cpu", dtype: str = "float32") -> Problem:
+    """Build a network, and ``num_data`` random data for it, from a fixed seed."""
     torch.manual_seed(0)
     model, draw = _NETWORKS[name]()
-    model = model.to(device).eval()
+    model = model.to(device, getattr(torch, dtype)).eval()
     X, y = draw(num_data)
-    return Problem(model, nn.CrossEntropyLoss(), list(model.parameters()), [(X.to(device), y.to(device))])
+    X = X.to(getattr(torch, dtype)) if X.is_floating_point() else X
+    data = list(zip(X.to(device).split(BATCH_SIZE), y.to(device).split(BATCH_SIZE)))
+    return Problem(model, nn.CrossEntropyLoss(), list(model.parameters()), data)

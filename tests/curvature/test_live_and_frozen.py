@@ -228,10 +228,16 @@ def test_representations(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STREAMED)
 def test_linearize_keeps_the_values(kind: str) -> None:
-    """Where nothing is kept between products yet, it is at least the same matrix."""
+    """It is frozen when it is called, though the first product is what prepares it."""
     model = mlp()
     A = build(kind, model, classes())
-    assert relative_error(A.linearize() @ vector(A, 2), A @ vector(A, 2)) < 1e-12
+    kept, V = A.linearize(), vector(A, 2)
+    expected = A @ V
+    change(model)
+    for _ in range(2):
+        assert relative_error(kept @ V, expected) < 1e-12
+    assert relative_error(A @ V, expected) > 1e-3
+    assert torch.equal(pickle.loads(pickle.dumps(A.linearize())) @ V, A.linearize() @ V)
 
 
 # -- copies ------------------------------------------------------------------------------------------------------------

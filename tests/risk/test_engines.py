@@ -529,37 +529,75 @@ def test_diagonals_of_parts_that_are_cut_off(kind: str, middle: Callable[[Tensor
     assert relative_error(actual, expected) < 1e-9
 
 
-def test_vmap_is_tried_once() -> None:
-    """A model that vmap cannot follow is not asked again at the next product."""
+def test_models_run_once_for_all_columns() -> None:
+    """Further columns follow the tape of the first, so that a model which vmap cannot follow runs but once."""
     model = Counted(Around(goes_to_numpy))
     A = build("GGN", model, DATA, SUM, check_deterministic=False)
-    A @ vector(A, 3)
-    model.reset()
-    A @ vector(A, 3)
-    assert len(model.calls) == 2 * (1 + 3)
+    for _ in range(2):
+        model.reset()
+        A @ vector(A, 3)
+        assert len(model.calls) == 2
 
 
-def test_out_of_memory_takes_fewer_columns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks are halved until they fit; vmap is not given up for it."""
+def under_scarce_memory(monkeypatch: pytest.MonkeyPatch, at_most: int) -> list[int]:
+    """Let vmap run out of memory beyond so many columns; the list of how many it was asked for."""
     sizes: list[int] = []
-    real = torch.func.vmap
+    real = torch.vmap
 
     def scarce(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
         def run(*columns: Tensor) -> Any:
             sizes.append(len(columns[0]))
-            if len(columns[0]) > 3:
+            if len(columns[0]) > at_most:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real(function, *args, **kwargs)(*columns)
 
         return run
 
-    model = mlp()
-    A, B = (build("MC", model, classes(), **options) for options in ({}, {"chunk_size": 1}))
-    monkeypatch.setattr(torch.func, "vmap", scarce)
+    monkeypatch.setattr(torch, "vmap", scarce)
+    return sizes
+
+
+@pytest.mark.parametrize("linearised", [False, True])
+@pytest.mark.parametrize("kind", ["GGN", "MC", "EF", "Jacobian"])
+def test_out_of_memory_takes_fewer_columns(kind: str, linearised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks are halved until they fit; vmap is not given up for it."""
+    A, B = (build(kind, mlp(), classes(), **options) for options in ({}, {"chunk_size": 1}))
+    A = A.linearize(engine="tangents") if linearised else A
     V = vector(A, 9)
-    assert relative_error(A @ V, B @ V) < 1e-10
-    assert sizes[:3] == [8, 4, 2]
+    expected = B @ V
+    sizes = under_scarce_memory(monkeypatch, 3)
+    for _ in range(2):
+        assert relative_error(A @ V, expected) < 1e-10
+    # The first column goes alone.
+    assert sizes[:6] == [8, 4, 2, 2, 2, 2]
     assert set(sizes) == {8, 4, 2}
+    assert A._risk.engine.vmap
+
+
+def test_out_of_memory_in_the_backward_takes_fewer_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what goes backward only, too."""
+    from curvlinops.risk import linearization
+
+    sizes: list[int] = []
+    real = linearization.grad
+
+    def scarce(outputs: Any, inputs: Any, U: Any = None, **options: Any) -> Any:
+        if options.get("is_grads_batched"):
+            sizes.append(len(U[0]))
+            if sizes[-1] > 3:
+                raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return real(outputs, inputs, U, **options)
+
+    for kind in ("Hessian", "GGN", "TransposedJacobian"):
+        A, B = (build(kind, mlp(), classes(), **options) for options in ({}, {"chunk_size": 1}))
+        V = vector(A, 9)
+        expected = B @ V
+        with monkeypatch.context() as patch:
+            patch.setattr(linearization, "grad", scarce)
+            assert relative_error(A @ V, expected) < 1e-10
+        assert sizes[:3] == [8, 4, 2]
+        assert set(sizes) == {8, 4, 2}
+        sizes.clear()
 
 
 def test_out_of_memory_with_one_column() -> None:

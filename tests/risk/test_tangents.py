@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from curvlinops.risk.tangents import _RULES, TangentRules
+from curvlinops.risk.tangents import _RULES, TangentRules, TooLargeError
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -46,6 +46,18 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         lambda x, w: F.layer_norm(x, (5, 4), w),
         [normal(3, 5, 4, seed=0), normal(5, 4, seed=1)],
     ),
+    "layer norm with a shift alone": (
+        lambda x, b: F.layer_norm(x, (4,), None, b),
+        [normal(3, 5, 4, seed=0), normal(4, seed=1)],
+    ),
+    "layer norm of one row": (
+        lambda x, w, b: F.layer_norm(x, (4,), w, b),
+        [normal(4, seed=0), normal(4, seed=1), normal(4, seed=2)],
+    ),
+    "layer norm of a transpose": (
+        lambda x, w, b: F.layer_norm(x.mT, (4,), w, b),
+        [normal(3, 4, 5, seed=0), normal(4, seed=1), normal(4, seed=2)],
+    ),
     "layer norm without scale": (lambda x: F.layer_norm(x, [4]), [normal(3, 4, seed=0)]),
     "embedding": (lambda w: F.embedding(torch.tensor([[1, 0], [2, 2]]), w), [normal(4, 3, seed=0)]),
     "embedding with padding": (
@@ -56,8 +68,25 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
         lambda w: torch.embedding(w, torch.tensor([[1, 0], [3, 2]]), 0),
         [normal(4, 3, seed=0)],
     ),
+    "gelu": (F.gelu, [normal(3, 4, seed=0)]),
+    "gelu by tanh": (lambda x: F.gelu(x, approximate="tanh"), [normal(3, 4, seed=0)]),
+    "gelu far out": (F.gelu, [40 * normal(3, 4, seed=0)]),
+    "silu": (F.silu, [normal(3, 4, seed=0)]),
+    "silu far out": (F.silu, [40 * normal(3, 4, seed=0)]),
+    "silu in place": (lambda x: F.silu(x * 1.0, inplace=True), [normal(3, 4, seed=0)]),
     "attention": (F.scaled_dot_product_attention, QKV),
     "attention with a scale": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.3), QKV),
+    "attention without batches": (F.scaled_dot_product_attention, [x[0, 0] for x in QKV]),
+    "attention that broadcasts": (F.scaled_dot_product_attention, [QKV[0], QKV[1][:1, :1], QKV[2][:, :1]]),
+    "attention of transposes": (
+        lambda q, k, v: F.scaled_dot_product_attention(q.mT, k.mT, v.mT),
+        [x.mT.contiguous() for x in QKV],
+    ),
+    "attention to itself": (lambda x: F.scaled_dot_product_attention(x, x, x), SQUARE[:1]),
+    "causal attention with a scale": (
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3),
+        SQUARE,
+    ),
     "causal attention": (lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), SQUARE),
     "attention that may look nowhere": (
         lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=BLIND),
@@ -123,6 +152,32 @@ def test_the_graph_beside_the_tangents_is_right(name: str) -> None:
         expected = torch.autograd.grad(function(*plain), plain, u)
     for actual, wanted in zip(torch.autograd.grad(primal, leaves, u), expected, strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [n for n in CASES if "bias" not in n and "nowhere" not in n])
+def test_tangents_in_low_precision(name: str, dtype: torch.dtype) -> None:
+    """They have the dtype of the result, and its accuracy."""
+    function, inputs = CASES[name]
+    tangents = {i: normal(*x.shape, seed=10 + i) for i, x in enumerate(inputs)}
+    low = [x.to(dtype) for x in inputs]
+    _, expected = pushed(function, [x.double() for x in low], {i: t.to(dtype).double() for i, t in tangents.items()})
+    primal, tangent = pushed(function, low, {i: t.to(dtype) for i, t in tangents.items()})
+    assert primal.dtype == tangent.dtype == dtype
+    allowed = 1e-5 if dtype == torch.float32 else 0.05
+    assert (tangent.double() - expected).norm() <= allowed * expected.norm()
+
+
+def test_a_forward_that_holds_too_much_is_stopped() -> None:
+    """What the calls return is counted, views and all else that has no memory of its own are not."""
+    x = torch.ones(100, dtype=torch.float64)
+    with TangentRules(max_bytes=1600):
+        y = (x + 1).view(10, 10).T[:5]
+        y = y * 2
+        with pytest.raises(TooLargeError):
+            x + 2
+    with TangentRules(max_bytes=None):
+        x + 2
 
 
 def test_every_rule_is_tested() -> None:
