@@ -96,8 +96,6 @@ def worth_a_look(problem: Problem, name: str) -> bool:
     return name in ("hessian", "ggn") and problem.name not in LAYERED
 
 
-
-
 @cases(only=worth_a_look)
 def test_nothing_changes(problem: Problem, kind: Kind) -> None:
     """Construction, with its check of determinism, and products leave the user's objects as they were."""

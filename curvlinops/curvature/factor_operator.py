@@ -195,6 +195,7 @@ class _Rest:
 
     def __init__(self, risk: EmpiricalRisk, X: Any, positions: list[int]) -> None:
         self._risk = copy.copy(risk)
+        self._risk.keeper, self._risk._pass = None, None
         self._risk.model = risk.model.restricted(positions)
         self._risk.engine = Engine(forward_mode=risk.engine.forward_mode)
         self._X = X

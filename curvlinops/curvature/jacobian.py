@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Unpack
 
@@ -153,7 +154,7 @@ class BatchJacobian:
     """The Jacobian at one mini-batch: as a call V -> J V, and as `pull`."""
 
     def __init__(self, risk: EmpiricalRisk, X: Any, checking: bool = False) -> None:
-        self._risk = risk
+        self._risk: EmpiricalRisk = weakref.proxy(risk)  # which may keep this
         self._X = X
         self._checking = checking
         self._lin = risk.linearize(X)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -135,17 +136,20 @@ class SandwichProduct:
     """The map V -> Jᵀ S Sᵀ J V of one mini-batch."""
 
     def __init__(self, risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> None:
-        self._risk = risk
+        # What is kept must not keep alive what keeps it, lest its memory waits for the collector of cycles.
+        self._risk: EmpiricalRisk = weakref.proxy(risk)
         self._X, self._y = X, y
-        self._make_factor = loss_factor
+        self._make_factor: Callable[[Terms], LossFactor] | None = loss_factor
         self._lin = risk.linearize(X)
         self._factor: LossFactor | None = None
 
     def __call__(self, V: list[Tensor]) -> list[Tensor]:
         """Multiply columns-last tensors."""
         self._lin, JV = self._risk.push(self._lin, self._X, V)
-        if self._factor is None:  # one draw a mini-batch, after the forward that the first push runs
+        if self._make_factor is not None:  # one draw a mini-batch, after the forward that the first push runs
             self._factor = self._make_factor(self._risk.terms(self._lin.output, self._X, self._y))
+            self._make_factor = None
+        assert self._factor is not None
         U = self._factor.gram(JV)
         R = self._lin.pull(U)
         self._risk.note_products(U, JV, V, R)

@@ -126,9 +126,10 @@ class EmpiricalRisk(Derivatives):
             NotImplementedError: If no way through the network gives consistent products.
         """
         while True:
+            was_forward = self.engine.forward_mode
             found = self._local_pass(begin, shapes, step, use or self.use)
             disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
-            if disagrees and not self.engine.forward_mode:
+            if disagrees and not was_forward:
                 found.error = NotImplementedError(
                     "Forward and reverse differentiation of the model disagree in every engine, so no product would "
                     "be right. Does the model use dropout, autocast, or hooks that change gradients?"
@@ -150,7 +151,7 @@ class EmpiricalRisk(Derivatives):
 
     def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use) -> Pass:
         found = Pass.empty(shapes, self.model.params[0], use)
-        self._pass = found
+        self._pass, is_through = found, False
         try:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
                 batch_sum = begin()
@@ -160,12 +161,20 @@ class EmpiricalRisk(Derivatives):
                     except FloatingPointError as error:
                         raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
         except Exception as error:
+            if self.keeper is not None and self.keeper.num_batches is None:
+                # Those that are kept would draw no more random numbers, and the next would take theirs.
+                self.keeper.forget()
             # The other ranks wait for this one, so the error travels with the sums.
             if self.process_group is None:
                 raise
             found.error = error
+        else:
+            is_through = True
         finally:
             self._pass = None
+            if not is_through and self.keeper is not None and self.keeper.num_batches is None:
+                # Those that are kept would draw no more random numbers, and the next one would draw theirs.
+                self.keeper.forget()
         return found
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:

@@ -68,6 +68,8 @@ class Keeper:
 
     def describe(self) -> str:
         """What is kept, in words."""
+        if self.max_bytes <= 0:
+            return "lean, all mini-batches are streamed"
         if not self._kept and self.num_batches is None:
             return "nothing yet, the first product prepares"
         of_all = "" if self.num_batches is None else f" of {self.num_batches}"
@@ -141,8 +143,14 @@ class Keeper:
         """Called after a pass that went well."""
         self.num_batches = num_batches
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is kept, since graphs cannot be copied: the first product of a copy prepares anew."""
+        empty = {"_kept": [], "num_bytes": 0, "num_batches": None, "_current": None, "_is_full": self.max_bytes <= 0}
+        return {**self.__dict__, **empty}
+
     def forget(self) -> None:
         """Begin anew."""
         self._kept.clear()
         self.num_bytes, self.num_batches, self._current = 0, None, None
+        self._generator_states.clear()
         self._is_full = self.max_bytes <= 0

@@ -215,10 +215,6 @@ def test_data_that_change_are_refused(kind: str, engine: str, change: str) -> No
 # -- errors half-way ---------------------------------------------------------------------------------------------------
 
 
-#: What is kept of a pass that failed draws no more, so that the next mini-batch draws what the first one did.
-DRAWS_TWICE = "after an interrupted first pass, mini-batches share random numbers"
-
-
 class Interrupted:
     """Mini-batches that fail at one of them, as often as is said."""
 
@@ -236,11 +232,7 @@ class Interrupted:
 @pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
 @pytest.mark.parametrize("at", [0, 2, 4])
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
-def test_errors_of_the_loader_leave_a_usable_operator(
-    kind: str, engine: str, at: int, error: BaseException, request: pytest.FixtureRequest
-) -> None:
-    if kind == "MC" and at > 0:
-        request.applymarker(pytest.mark.xfail(reason=DRAWS_TWICE, strict=True))
+def test_errors_of_the_loader_leave_a_usable_operator(kind: str, engine: str, at: int, error: BaseException) -> None:
     data = Interrupted(error, at, 0)
     A = build(kind, mlp(), data, check_deterministic=False)
     V = vector(A, 3)
@@ -257,10 +249,8 @@ def test_errors_of_the_loader_leave_a_usable_operator(
 
 
 @pytest.mark.parametrize(("kind", "engine"), [(k, e) for k, e in ENGINES if k != "Jacobian"])
-def test_errors_of_the_model_leave_a_usable_operator(kind: str, engine: str, request: pytest.FixtureRequest) -> None:
+def test_errors_of_the_model_leave_a_usable_operator(kind: str, engine: str) -> None:
     """In a forward of the first pass, anywhere."""
-    if kind == "MC":
-        request.applymarker(pytest.mark.xfail(reason=DRAWS_TWICE, strict=True))
     remaining = [10**9]
     inner = mlp()
 
@@ -411,14 +401,8 @@ def test_representations(kind: str, engine: str) -> None:
 @pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda A: pickle.loads(pickle.dumps(A))], ids=["copy", "pickle"])
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
-def test_copies(
-    kind: str, engine: str, duplicate: Callable[[Any], Any], prepared: bool, request: pytest.FixtureRequest
-) -> None:
+def test_copies(kind: str, engine: str, duplicate: Callable[[Any], Any], prepared: bool) -> None:
     """A copy is the same matrix, or there is an error; the original goes on in any case."""
-    if kind == "Hessian" and prepared and "pickle" in request.node.callspec.id:
-        # So do transposed Jacobians and models without a tape.
-        reason = "the copy has lost its graph, and gives zeros"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     A = build(kind, mlp(), classes(SIZES))
     kept, V = A.linearize(engine=engine), vector(A, 3)
     expected = A @ V

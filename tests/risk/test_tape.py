@@ -545,9 +545,6 @@ def test_memory_is_released_with_the_operator(kind: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize(("kind", "engine"), [*ENGINES, ("Jacobian", "tangents")])
-def test_memory_is_released_at_once(kind: str, engine: str, request: pytest.FixtureRequest) -> None:
+def test_memory_is_released_at_once(kind: str, engine: str) -> None:
     """Without waiting for the collector of cycles."""
-    if engine == "tangents" and kind != "Hessian":
-        reason = "risk -> keeper -> product -> risk is a cycle"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     check_release(kind, engine, collect=False)
