@@ -52,6 +52,8 @@ class SandwichLinearOperator(CurvatureLinearOperator):
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         keeper = self._risk.keeper
         if keeper is None or self._engine == "tangents" or (keeper.max_bytes == 0 and self._engine == "auto"):
+            if keeper is not None:
+                keeper.engine = "tangents"
             return SandwichProduct(self._risk, X, y, self._loss_factor)
         if self._engine == "factors":
             keeper.engine = "factors"
