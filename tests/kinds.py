@@ -1,6 +1,6 @@
 """The kinds of curvature operators: how each is built as a user would, its dense truth, and where it is defined."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -95,23 +95,15 @@ def applies(problem: Problem, kind: Kind) -> bool:
 def cases(
     *tags: str,
     only: Callable[[Problem, str], bool] = lambda problem, name: True,
-    bugs: Mapping[tuple[str, str], str] | None = None,
 ) -> Any:
     """Parametrise a test over the problems with all these tags and the kinds that apply to them.
 
     Args:
         tags: What each problem must have.
         only: Further restricts problems and kinds.
-        bugs: What is known to be wrong, by problem and kind, and why; the test fails as soon as it is right.
     """
-    bugs = bugs or {}
     pairs = [
-        pytest.param(
-            problem,
-            kind,
-            id=f"{problem.name}-{name}",
-            marks=[pytest.mark.xfail(reason=bugs[problem.name, name])] if (problem.name, name) in bugs else (),
-        )
+        pytest.param(problem, kind, id=f"{problem.name}-{name}")
         for problem in PROBLEMS.values()
         for name, kind in KINDS.items()
         if set(tags) <= problem.tags

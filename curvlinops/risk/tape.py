@@ -70,19 +70,12 @@ class _Operation:
 
 
 class Tape:
-    """The map v -> J v at one mini-batch, as a list of operations.
+    """The map v -> J v at one mini-batch, as a list of operations."""
 
-    Attributes:
-        numel: Numbers that one run writes.
-        has_convolution: Whether there is a convolution among the operations.
-    """
-
-    def __init__(self, operations: Sequence[_Operation], result: int | None, shape: torch.Size, numel: int) -> None:
+    def __init__(self, operations: Sequence[_Operation], result: int | None, shape: torch.Size) -> None:
         self._operations = operations
         self._result = result
         self._shape = shape
-        self.numel = numel
-        self.has_convolution = any("convolution" in str(o.function) for o in operations)
 
     def replay(self, V: Sequence[Tensor], under_vmap: bool = False) -> Tensor:
         """J v for one vector, given as a tensor for each parameter; under vmap for many."""
@@ -117,7 +110,6 @@ class TapeRecorder(TorchDispatchMode):
         self._operations: list[_Operation] = []
         self._versions: list[tuple[Tensor, int]] = []
         self._num_slots = 0
-        self._numel = 0
         for tangent in tangents:
             self._new_slot(tangent)
 
@@ -158,7 +150,7 @@ class TapeRecorder(TorchDispatchMode):
             if constant._version != version:
                 raise NoTapeError("The forward changes a tensor in place that its tangents depend on.")
         operations = _needed(self._operations, result)
-        return Tape(operations, result, shape, self._numel)
+        return Tape(operations, result, shape)
 
     def _slot_of(self, tensor: Tensor) -> int | None:
         storage = tensor.untyped_storage()._cdata
@@ -197,8 +189,6 @@ class TapeRecorder(TorchDispatchMode):
         results = tree_flatten(result)[0]
         operation.outputs = [self._slot_for(r) if isinstance(r, Tensor) else None for r in results]
         self._operations.append(operation)
-        if not operation.function.is_view:
-            self._numel += sum(r.numel() for r in results if isinstance(r, Tensor))
 
     def _slot_for(self, tensor: Tensor) -> int:
         """The slot of a result, which is an old one where an operation works in place."""

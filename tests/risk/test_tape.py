@@ -340,7 +340,7 @@ def check_replay(function: Function) -> Tape:
 
 @pytest.mark.parametrize("function", FOLLOWED)
 def test_replay(function: Function) -> None:
-    assert check_replay(function).numel >= 0
+    check_replay(function)
 
 
 @pytest.mark.parametrize("function", MAY_BE_REFUSED)
