@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import sqrt
 
 import torch
@@ -13,6 +14,7 @@ from curvlinops.operators.gram import working_dtype
 from curvlinops.operators.low_rank import LowRankLinearOperator
 from curvlinops.operators.low_rank_part import LowRankPart
 from curvlinops.operators.space import Space
+from curvlinops.operators.woodbury import InverseCore
 
 
 class LowRankInverse(LowRankLinearOperator):
@@ -24,22 +26,34 @@ class LowRankInverse(LowRankLinearOperator):
     with the matrix followed by another solve would.
     """
 
-    def __init__(self, source: LowRankLinearOperator, core: Tensor) -> None:
+    def __init__(self, source: LowRankLinearOperator, core: InverseCore) -> None:
+        LinearOperator.__init__(self, source.domain, source.domain)
         self.source = source
-        self._set(LowRankPart(source.U, core), 1.0 / source.c, source.domain, source.POSITIVE_SEMIDEFINITE)
+        self.c = 1.0 / source.c
+        self.POSITIVE_SEMIDEFINITE = source.POSITIVE_SEMIDEFINITE
+        self._core = core
         condition = 1.0 + source._part.strength() / abs(source.c)
         # The rounding of C' grows with the square of the condition: in float64 most matrices need no refinement.
         self._is_refined = torch.finfo(self.dtype).eps * condition**2 > 1e-9
 
+    @cached_property
+    def _part(self) -> LowRankPart:  # type: ignore[override]
+        return LowRankPart(self.source.U, self._core.to_dense())
+
+    @property
+    def U(self) -> LinearOperator:
+        """The operator of the columns."""
+        return self.source.U
+
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        core, c = self._part.core, self.source.c
+        core, c = self._core, self.source.c
         # What goes through U is rounded to its dtype, so the correction must see the rounded numbers.
-        Y = woodbury.times(core, self._down(X)).to(self.dtype)
+        Y = core.times(self._down(X)).to(self.dtype)
         solution = torch.add(self._up(Y), Space.merge(X).to(working_dtype(self.dtype)), alpha=self.c)
         if self._is_refined:
             first = self.domain.split(solution.to(self.dtype))
             remainder = Y.double() + woodbury.times(self.source._part.core, self._down(first)) / c
-            solution -= self._up(remainder + c * woodbury.times(core, self._part.gram() @ remainder))
+            solution -= self._up(remainder + c * core.times(self.source._part.gram() @ remainder))
         return self.domain.split(solution.to(self.dtype))
 
     def inverse(self, damping: float = 0.0) -> LowRankLinearOperator:
@@ -49,7 +63,7 @@ class LowRankInverse(LowRankLinearOperator):
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LowRankLinearOperator:
         """The same matrix over linearised columns."""
         source = self.source.linearize(max_memory, engine=engine)
-        return self if source is self.source else LowRankInverse(source, self._part.core)
+        return self if source is self.source else LowRankInverse(source, self._core)
 
     def _eigenvalues(self) -> tuple[Tensor, int]:
         values, num_others = self.source._eigenvalues()
@@ -70,4 +84,4 @@ class LowRankInverse(LowRankLinearOperator):
             self.source.c / factor,
             self.POSITIVE_SEMIDEFINITE and factor > 0,
         )
-        return LowRankInverse(source, self._part.core * factor)
+        return LowRankInverse(source, self._core.scaled(factor))

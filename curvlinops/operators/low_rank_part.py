@@ -37,8 +37,13 @@ class LowRankPart:
 
     def strength(self) -> float:
         """The Frobenius norm of U C Uᵀ."""
-        product = woodbury.times(self.core, self.gram())
-        return float((product * product.T).sum().clamp(min=0.0).sqrt())
+        G = self.gram()
+        if self.core.ndim == 1:
+            square = self.core @ (G.square() @ self.core)
+        else:
+            product = self.core @ G
+            square = (product * product.T).sum()
+        return float(square.clamp(min=0.0).sqrt())
 
     def plus(self, other: LowRankPart) -> LowRankPart:
         """The sum, over the union of the columns: an operator that stands in both is taken once."""

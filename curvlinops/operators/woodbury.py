@@ -6,6 +6,8 @@ or as a matrix ``[R, R]``, and is taken apart as C = J Σ Jᵀ with signs Σ; th
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -48,7 +50,7 @@ def as_matrix(core: Tensor) -> Tensor:
 
 def _congruence(J: Tensor, M: Tensor) -> Tensor:
     """J M Jᵀ."""
-    return J.unsqueeze(-1) * M * J if J.ndim == 1 else J @ M @ J.T
+    return (J.unsqueeze(-1) * M).mul_(J) if J.ndim == 1 else J @ M @ J.T
 
 
 def root(core: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,10 +93,38 @@ def spectrum(core: Tensor, G: Tensor, size: int) -> Spectrum:
     return Spectrum(values, times(J, (W / lengths) @ turn), values)
 
 
-def inverse_core(core: Tensor, G: Tensor, c: float, eps: float) -> Tensor | None:
-    """The core C' with (U C Uᵀ + c I)⁻¹ = U C' Uᵀ + I / c, or None where that matrix is singular.
+class InverseCore:
+    """The core C' with (U C Uᵀ + c I)⁻¹ = U C' Uᵀ + I / c, as a product with it; only algebra asks for its numbers.
 
-    Woodbury's identity with signs: C' = -J (c Σ + JᵀGJ)⁻¹ Jᵀ / c, which divides neither by a small C nor by a small G.
+    Woodbury's identity with signs: C' = -J K⁻¹ Jᵀ / c with K = c Σ + JᵀGJ divides neither by a small C nor by a small
+    G.
+
+    Args:
+        J: The root of the core.
+        solve: M -> K⁻¹ M.
+        scale: -1 / c, or a multiple of it.
+    """
+
+    def __init__(self, J: Tensor, solve: Callable[[Tensor], Tensor], scale: float) -> None:
+        self._J, self._solve, self._scale = J, solve, scale
+
+    def times(self, M: Tensor) -> Tensor:
+        """C' M."""
+        return self._scale * times(self._J, self._solve(times(self._J.mT if self._J.ndim == 2 else self._J, M)))
+
+    def scaled(self, factor: float) -> InverseCore:
+        """A multiple of it."""
+        return InverseCore(self._J, self._solve, self._scale * factor)
+
+    def to_dense(self) -> Tensor:
+        """The matrix C'."""
+        identity = torch.eye(self._J.shape[-1], dtype=self._J.dtype, device=self._J.device)
+        dense = self._scale * _congruence(self._J, self._solve(identity))
+        return (dense + dense.T) / 2
+
+
+def inverse_core(core: Tensor, G: Tensor, c: float, eps: float) -> InverseCore | None:
+    """The core of (U C Uᵀ + c I)⁻¹, or None where that matrix is singular.
 
     Args:
         core: The core.
@@ -104,15 +134,23 @@ def inverse_core(core: Tensor, G: Tensor, c: float, eps: float) -> Tensor | None
     """
     J, signs = root(core)
     K = _congruence(J, G) if J.ndim == 1 else J.T @ G @ J
-    K = K + torch.diag(c * signs)
+    K.diagonal().add_(c * signs)
     is_definite = c > 0 and bool((signs > 0).all())
     if is_definite:
         L, failed = torch.linalg.cholesky_ex(K)
         if not failed:
-            return _congruence(J, torch.cholesky_inverse(L)) / -c
+            return InverseCore(J, partial(_solve_by_cholesky, L), -1.0 / c)
     values, W = torch.linalg.eigh(K)
     if is_definite:  # G has eigenvalues below -c by rounding only
         values = values.clamp(min=c)
     elif not values.abs().min() > eps * (values.abs().max() + abs(c)):
         return None
-    return _congruence(J, (W / values) @ W.T) / -c
+    return InverseCore(J, partial(_solve_by_eigenvectors, values, W), -1.0 / c)
+
+
+def _solve_by_cholesky(L: Tensor, M: Tensor) -> Tensor:
+    return torch.cholesky_solve(M, L)
+
+
+def _solve_by_eigenvectors(values: Tensor, W: Tensor, M: Tensor) -> Tensor:
+    return W @ ((W.T @ M) / values.unsqueeze(-1))

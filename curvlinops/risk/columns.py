@@ -51,8 +51,14 @@ def gathered(pieces: Iterator[Piece]) -> list[Tensor]:
 
 def column_by_column(M: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors ``[*shape, K]``, laid out in memory as the network wants them: one column after the other."""
-    return [m if _is_by_column(m) else m.movedim(-1, 0).contiguous().movedim(0, -1) for m in M]
+    return [m if _is_by_column(m) else _transposed(m) for m in M]
 
 
 def _is_by_column(m: Tensor) -> bool:
     return m.shape[-1] == 1 or m[..., 0].is_contiguous()
+
+
+def _transposed(m: Tensor) -> Tensor:
+    # PyTorch transposes matrices in blocks that fit into the cache, and tensors of more axes entry by entry.
+    rows = m.reshape(-1, m.shape[-1]) if m.is_contiguous() else m.movedim(-1, 0).flatten(1).T
+    return rows.T.contiguous().view(m.shape[-1], *m.shape[:-1]).movedim(0, -1)

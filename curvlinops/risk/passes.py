@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import torch
@@ -36,19 +35,16 @@ class Pass:
     num_data: int = 0
     num_batches: int = 0
     batch_index: int = 0
-    are_ours: bool = True
+    are_ours: bool = False
     disagreements: list[Tensor] = field(default_factory=list)
     error: BaseException | None = None
 
     @staticmethod
     def empty(shapes: Sequence[Sequence[int]], like: Tensor, use: Use) -> Pass:
-        """A pass that has not begun; sums are in at least float32 and have each column in one piece of memory."""
+        """A pass that has not begun: its sums are zeros of at least float32, which take no memory."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        counts = {tuple(shape)[-1:] for shape in shapes}
-        in_pieces = len(counts) == 1 and counts != {()} and counts != {(1,)}
-        sums = (_column_zeros if in_pieces else _zeros)([tuple(s) for s in shapes], dtype, like.device)
-        denominator = torch.zeros((), dtype=torch.float64, device=like.device)
-        return Pass(sums, denominator, use, are_ours=in_pieces)
+        sums = [torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)) for shape in shapes]
+        return Pass(sums, torch.zeros((), dtype=torch.float64, device=like.device), use)
 
     def add(self, batch: int, piece: Piece) -> None:
         """Add a mini-batch's result, or some columns of it.
@@ -58,24 +54,33 @@ class Pass:
         """
         columns, tensors = piece
         is_whole = columns is None or all(columns == slice(0, s.shape[-1]) for s in self.sums)
-        sums = self.sums if is_whole else [s[..., columns] for s in self.sums]
-        if [t.shape for t in tensors] != [s.shape for s in sums]:
+        expected = [s.shape if columns is None else s[..., columns].shape for s in self.sums]
+        if [t.shape for t in tensors] != expected:
             raise ValueError(
-                f"Mini-batch {batch}: expected tensors of shapes {[list(s.shape) for s in sums]}, got "
+                f"Mini-batch {batch}: expected tensors of shapes {[list(e) for e in expected]}, got "
                 f"{[list(t.shape) for t in tensors]}."
             )
-        tensors = [t.detach().to(s.dtype) for t, s in zip(tensors, sums, strict=True)]
-        if not tensors:
-            return
-        if is_whole and self.num_batches == 0:
+        tensors = [t.detach().to(s.dtype) for t, s in zip(tensors, self.sums, strict=True)]
+        if tensors and is_whole:
+            self._add_whole(tensors)
+        elif tensors:
+            self._add_columns(columns, tensors)
+
+    def _add_whole(self, tensors: list[Tensor]) -> None:
+        if self.num_batches == 0:
             # Not copied; it can be the user's own vector (the gradient of an identity is).
             self.sums, self.are_ours = tensors, False
-        elif self.num_batches == 0 and self.are_ours:
-            torch._foreach_copy_(sums, tensors)
-        elif is_whole and not self.are_ours:
-            self.sums, self.are_ours = list(torch._foreach_add(sums, tensors)), True
+        elif self.are_ours:
+            torch._foreach_add_(self.sums, tensors)
         else:
-            torch._foreach_add_(sums, tensors)
+            self.sums, self.are_ours = list(torch._foreach_add(self.sums, tensors)), True
+
+    def _add_columns(self, columns: slice | None, tensors: list[Tensor]) -> None:
+        is_first = self.num_batches == 0
+        if not self.are_ours:
+            self.sums = _column_memory(self.sums) if is_first else [s.clone() for s in self.sums]
+            self.are_ours = True
+        (torch._foreach_copy_ if is_first else torch._foreach_add_)([s[..., columns] for s in self.sums], tensors)
 
     def scaled(self, denominator: float | None) -> list[Tensor]:
         """The sums, divided by a number if there is one."""
@@ -86,17 +91,12 @@ class Pass:
         return [s.clone() if denominator is None else s / denominator for s in self.sums]
 
 
-def _zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Zeros that take no memory, to be replaced by the first mini-batch's result."""
-    return [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape in shapes]
-
-
-def _column_zeros(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Zeros ``[*shape, K]`` whose columns lie in memory one after the other, whole."""
-    num_columns = shapes[0][-1]
-    sizes = [prod(shape[:-1]) for shape in shapes]
-    parts = torch.zeros(num_columns, sum(sizes), dtype=dtype, device=device).split(sizes, 1)
-    return [part.reshape(num_columns, *shape[:-1]).movedim(0, -1) for part, shape in zip(parts, shapes, strict=True)]
+def _column_memory(like: Sequence[Tensor]) -> list[Tensor]:
+    """Memory for tensors ``[*shape, K]`` whose columns lie one after the other, whole; nothing is written to it yet."""
+    num_columns, first = like[0].shape[-1], like[0]
+    sizes = [tensor[..., 0].numel() for tensor in like]
+    parts = torch.empty(num_columns, sum(sizes), dtype=first.dtype, device=first.device).split(sizes, 1)
+    return [part.view(num_columns, *t.shape[:-1]).movedim(0, -1) for part, t in zip(parts, like, strict=True)]
 
 
 def are_finite(tensors: Sequence[Tensor]) -> bool:

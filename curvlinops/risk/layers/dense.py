@@ -90,6 +90,19 @@ class LinearPart(Part):
             return gram_of_positions(self.a, self.g, other.a, other.g)
         return super().gram(other)
 
+    def has_bias(self, other: Part) -> bool:
+        """Whether the other part is this layer's bias: of one position a datum, so with these output gradients."""
+        if not isinstance(other, DirectPart) or other.index is not None or self.g.shape[2] != 1:
+            return False
+        same = other.h.data_ptr() == self.g.data_ptr() and other.h.shape == self.g[:, :, 0].shape
+        return same and other.h.stride() == self.g[:, :, 0].stride()
+
+    def with_bias(self) -> LinearPart:
+        """The weight and the bias in one, for inner products of columns."""
+        a = torch.cat([self.a, self.a.new_ones(*self.a.shape[:2], 1)], 2)
+        shape = torch.Size([self.g.shape[3], a.shape[2]])
+        return LinearPart(shape, a, self.g, transposed=False)
+
     def merged(self, other: Part) -> Part | None:
         """Two uses, one after the other along the positions."""
         if not isinstance(other, LinearPart) or other.transposed != self.transposed:

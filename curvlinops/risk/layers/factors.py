@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
+from curvlinops.risk.layers.dense import LinearPart
 from curvlinops.risk.layers.notes import ConvolutionUse, Layout
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, Part, gram_of_gradients, slices, summed_gradients
 from curvlinops.risk.layers.proofs import CompleteNotes, Proofs, RowMeasurement, complete_notes
@@ -185,18 +186,14 @@ class LayerFactors:
 
         Cost: a forward a column.
         """
-        found = [part.rmatmat(V[i]) for i in self.positions if i in V for part in self._parts[i]]
-        total = found[0]
-        for term in found[1:]:
-            total = total + term
-        return total
+        return _sum(part.rmatmat(V[i]) for i in self.positions if i in V for part in self._parts[i])
 
     def matmat(self, Z: Tensor) -> dict[int, Tensor]:
         """F Z as ``[*shape, K]`` for each covered parameter, with Z ``[N, M, K]``.
 
         Cost: the weight gradients of a backward a column, however many columns the loss factor has.
         """
-        return {i: _sum([part.matmat(Z) for part in parts]) for i, parts in self._parts.items()}
+        return {i: _sum(part.matmat(Z) for part in parts) for i, parts in self._parts.items()}
 
     def squares(self) -> dict[int, Tensor]:
         """The diagonal of F Fᵀ ``[*shape]`` for each covered parameter."""
@@ -205,7 +202,7 @@ class LayerFactors:
     def _squares_of(self, parts: list[Part]) -> Tensor:
         if len(parts) == 1:
             return parts[0].squares()
-        return _sum([summed_gradients(parts, data).square_().sum((0, 1)) for data in self._some_data(parts)])
+        return _sum(summed_gradients(parts, data).square_().sum((0, 1)) for data in self._some_data(parts))
 
     def _some_data(self, parts: list[Part]) -> Iterable[slice]:
         return slices(self.num_data, max(1, CHUNK_NUMEL // (self.num_columns * parts[0].shape.numel())))
@@ -217,7 +214,7 @@ class LayerFactors:
 
     def column_squares(self) -> Tensor:
         """The squared norms of the columns ``[N, M]``: the diagonal of FᵀF."""
-        return _sum([self._column_squares_of(parts) for parts in self._parts.values()])
+        return _sum(self._column_squares_of(parts) for parts in self._parts.values())
 
     def _column_squares_of(self, parts: list[Part]) -> Tensor:
         if len(parts) == 1:
@@ -233,8 +230,34 @@ class LayerFactors:
         """
         other = self if other is None else other
         chosen = self.positions if positions is None else sorted(positions)
-        total = _sum([_gram_of(self._parts[i], other._parts[i]) for i in chosen])
+        biases = self._biases(chosen)
+        both = {i: j for i, j in other._biases(chosen).items() if biases.get(i) == j}
+        here = self._with_biases(both)
+        there = here if other is self else other._with_biases(both)
+        merged = set(both.values())
+        total = _sum(_gram_of(here[i], there[i]) for i in chosen if i not in merged)
         return total.reshape(self.num_data * self.num_columns, other.num_data * other.num_columns)
+
+    def _biases(self, positions: Sequence[int]) -> dict[int, int]:
+        """The position of the bias of each layer whose bias has the same output gradients as its weight."""
+        found: dict[int, int] = {}
+        for i in positions:
+            weight = self._parts[i][0]
+            if len(self._parts[i]) == 1 and isinstance(weight, LinearPart):
+                left = (j for j in positions if len(self._parts[j]) == 1 and j not in found.values())
+                bias = next((j for j in left if weight.has_bias(self._parts[j][0])), None)
+                if bias is not None:
+                    found[i] = bias
+        return found
+
+    def _with_biases(self, biases: Mapping[int, int]) -> dict[int, list[Part]]:
+        """The parts, the weight of a layer with a bias being that of a layer whose last input is always one."""
+        joined: dict[int, list[Part]] = {}
+        for i in biases:
+            (weight,) = self._parts[i]
+            assert isinstance(weight, LinearPart)
+            joined[i] = [weight.with_bias()]
+        return {**self._parts, **joined}
 
 
 def _gram_of(parts: list[Part], others: list[Part]) -> Tensor:
@@ -243,8 +266,10 @@ def _gram_of(parts: list[Part], others: list[Part]) -> Tensor:
     return gram_of_gradients(parts, others)
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors that nobody else holds."""
+    total: Tensor | None = None
+    for term in terms:
+        total = term if total is None else total.add_(term)
+    assert total is not None
     return total

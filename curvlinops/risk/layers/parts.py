@@ -13,6 +13,9 @@ from curvlinops.risk.losses.base import at_least_float32
 #: Numbers that intermediate results may take up at a time.
 CHUNK_NUMEL = 2**26
 
+#: Rows of a matrix that are multiplied at once where the product is known to be symmetric.
+_SYMMETRIC_ROWS = 256
+
 #: Numbers of per-datum gradients that are squared and summed at once, so that they stay in the processor's cache.
 _CACHED_NUMEL = 2**18
 
@@ -123,6 +126,17 @@ def inner(g: Tensor, y: Tensor) -> Tensor:
     return torch.bmm(g, y.unsqueeze(-1)).squeeze(-1)
 
 
+def inner_products(x: Tensor, y: Tensor) -> Tensor:
+    """x yᵀ, of matrices with a vector in each row; half of it is computed where both are the same."""
+    if x.data_ptr() != y.data_ptr() or x.shape != y.shape or x.stride() != y.stride() or len(x) <= _SYMMETRIC_ROWS:
+        return x @ y.T
+    result = x.new_empty(len(x), len(x))
+    for rows in slices(len(x), _SYMMETRIC_ROWS):
+        torch.mm(x[rows], x[: rows.stop].T, out=result[rows, : rows.stop])
+        result[: rows.start, rows] = result[rows, : rows.start].T
+    return result
+
+
 def outer_gradients(g: Tensor, a: Tensor) -> Tensor:
     """Σ_t g_nmt a_ntᵀ for each datum and column: ``[n, M, T, C]`` and ``[n, T, I]`` as ``[n, M, C, I]``."""
     n, M, T, C = g.shape
@@ -163,8 +177,8 @@ def gram_of_positions(a: Tensor, g: Tensor, a2: Tensor, g2: Tensor) -> Tensor:
     (N, M, T, C), (N2, M2, T2, _) = g.shape, g2.shape
     a, g, a2, g2 = (at_least_float32(t) for t in (a, g, a2, g2))
     if T == T2 == 1:
-        GG = g.reshape(N * M, C) @ g2.reshape(N2 * M2, C).T
-        return (a.flatten(1) @ a2.flatten(1).T).reshape(N, 1, N2, 1) * GG.reshape(N, M, N2, M2)
+        GG = inner_products(g.reshape(N * M, C), g2.reshape(N2 * M2, C)).reshape(N, M, N2, M2)
+        return GG.mul_(inner_products(a.flatten(1), a2.flatten(1)).reshape(N, 1, N2, 1))
     result = g.new_empty(N, M, N2, M2)
     for data in slices(N, max(1, CHUNK_NUMEL // (2 * T * N2 * T2))):
         AA = a[data].flatten(0, 1) @ a2.reshape(-1, a2.shape[-1]).T
