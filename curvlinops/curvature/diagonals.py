@@ -15,8 +15,6 @@ from curvlinops.operators.base import unit_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.risk.empirical_risk import BatchSum
-from curvlinops.risk.layers.factors import LayerNotes
-from curvlinops.risk.layers.recorder import LayerRecorder
 from curvlinops.risk.linearization import DEFAULT_CHUNK_SIZE
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import LossFactor, gradient_factor
@@ -54,11 +52,9 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         """The diagonal summed over a mini-batch's data."""
         if self._risk.loss is not None and not self._risk.loss.is_known:
             return self._diagonal_by_products(X, y)
-        lin = self._risk.linearize(X)
-        with LayerRecorder(lin.values) as recorder:
-            prediction = lin.prediction
+        model = self._risk.model
+        lin, notes = self._risk.noted(X)
         factor = self._loss_factor(self._risk.terms(lin.output, X, y))
-        model, notes = self._risk.model, LayerNotes(recorder, prediction, self._risk.engine, self._risk.engine.proofs)
         squares = model.holding(lin.values, lambda: squares_from_notes(notes, factor.columns))
         rest = [i for i in range(len(lin.values)) if i not in squares]
         if rest:

@@ -17,7 +17,6 @@ from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.graph import are_used
 from curvlinops.risk.layers.factors import LayerNotes
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, slices
-from curvlinops.risk.layers.recorder import LayerRecorder
 from curvlinops.risk.linearization import Engine, Linearization, Use
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.base import at_least_float32
@@ -50,14 +49,14 @@ class BatchFactor:
     """
 
     def __init__(self, risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]) -> None:
-        self._collect(risk, X, y, loss_factor, *_recorded(risk, X))
+        self._collect(risk, X, y, loss_factor, *risk.noted(X))
 
     @classmethod
     def of_covered(
         cls, risk: EmpiricalRisk, X: Any, y: Any, loss_factor: Callable[[Terms], LossFactor]
     ) -> BatchFactor | None:
         """The same where layer notes cover all parameters, and ``None`` where they do not."""
-        linearization, notes = _recorded(risk, X)
+        linearization, notes = risk.noted(X)
         if len(notes.complete) < len(risk.model.params):
             return None
         factor = cls.__new__(cls)
@@ -180,14 +179,6 @@ def _check_size(num_columns: int, notes: LayerNotes, device: torch.device) -> No
 
 def _zeros(param: Tensor, *columns: int) -> Tensor:
     return torch.zeros(*param.shape, *columns, dtype=param.dtype, device=param.device)
-
-
-def _recorded(risk: EmpiricalRisk, X: Any) -> tuple[Linearization, LayerNotes]:
-    """One forward, with notes of its layers."""
-    linearization = risk.linearize(X, Use())
-    with LayerRecorder(linearization.values) as recorder:
-        prediction = linearization.prediction
-    return linearization, LayerNotes(recorder, prediction, risk.engine, risk.engine.proofs)
 
 
 class _Rest:

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from curvlinops.risk.layers.factors import LayerNotes
+from curvlinops.risk.layers.recorder import LayerRecorder
 from curvlinops.risk.linearization import Engine, Linearization, NoPushError, Use, is_out_of_memory, linearize
 from curvlinops.risk.model import FunctionalModel
-from curvlinops.risk.surroundings import preserved_random_state
+from curvlinops.risk.surroundings import any_attention_kernel, preserved_random_state
 from curvlinops.risk.verification import check_by_difference, disagree
 
 
@@ -62,6 +64,13 @@ class Derivatives:
     def linearize(self, X: Any, use: Use | None = None) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""
         return linearize(self.model, X, self.engine, use or self._current_use)
+
+    def noted(self, X: Any) -> tuple[Linearization, LayerNotes]:
+        """One forward at a mini-batch, with notes of its layers; to be pulled back only."""
+        linearization = self.linearize(X, Use())
+        with LayerRecorder(linearization.values) as recorder, any_attention_kernel():
+            prediction = linearization.prediction
+        return linearization, LayerNotes(recorder, prediction, self.engine, self.engine.proofs)
 
     def push(self, linearization: Linearization, X: Any, V: Sequence[Tensor]) -> tuple[Linearization, Tensor]:
         """J V, going over to double backward where the model has no forward mode."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from curvlinops.risk.model import FunctionalModel
+
+_ATTENTION_KERNELS = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+]
+
+
+def any_attention_kernel() -> AbstractContextManager[None]:
+    """For what is differentiated once, and not in forward mode: attention by the fastest kernel there is."""
+    return sdpa_kernel(_ATTENTION_KERNELS)
 
 
 @contextmanager

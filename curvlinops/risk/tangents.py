@@ -15,15 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-_ATTENTION_KERNELS = [
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-]
+from curvlinops.risk.surroundings import any_attention_kernel
 
 
 class TooLargeError(RuntimeError):
@@ -174,7 +168,7 @@ def _attention(
     if dq is None and dk is None and dv is None:
         return None
     factor = 1 / sqrt(q.shape[-1]) if scale is None else scale
-    with sdpa_kernel(_ATTENTION_KERNELS):
+    with any_attention_kernel():
         primal: Tensor = func(q, k, v, mask, 0.0, is_causal, scale=scale)
     with torch.no_grad():
         scaled = q * factor

@@ -127,7 +127,7 @@ def inner(g: Tensor, y: Tensor) -> Tensor:
 
 
 def inner_products(x: Tensor, y: Tensor) -> Tensor:
-    """x yᵀ, of matrices with a vector in each row; half of it is computed where both are the same."""
+    """X yᵀ, of matrices with a vector in each row; half of it is computed where both are the same."""
     if x.data_ptr() != y.data_ptr() or x.shape != y.shape or x.stride() != y.stride() or len(x) <= _SYMMETRIC_ROWS:
         return x @ y.T
     result = x.new_empty(len(x), len(x))
