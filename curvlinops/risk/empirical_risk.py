@@ -309,7 +309,8 @@ class EmpiricalRisk(Derivatives):
     def second_order(self, X: Any, y: Any) -> SecondOrder:
         """The Hessian of a mini-batch's loss terms, summed."""
         self.check_directions(X)
-        second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value())
+        is_reused = self._current_use.is_reused
+        second_order = SecondOrder(self.model, X, self.engine, lambda f: self.terms(f, X, y).value(), is_reused)
         if "Hessian" not in self.engine.verified:
             check_hessian_by_difference(self.model, second_order, lambda values: self._gradient_at(values, X, y)[0])
             self.engine.verified.add("Hessian")

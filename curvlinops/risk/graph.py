@@ -53,7 +53,7 @@ def operations_in(prediction: Tensor, names: Sequence[str]) -> list[str]:
 
 def custom_functions(prediction: Tensor) -> list[str]:
     """Names of the user-written autograd functions behind a tensor."""
-    found = {_name(node) for node in nodes_of(prediction) if isinstance(node, BackwardCFunction)}
+    found = {_name(node) for node in nodes_of(prediction) if isinstance(node, BackwardCFunction) and not _is_ours(node)}
     return sorted(found - {"CheckpointFunction"})
 
 
@@ -90,6 +90,10 @@ def refuse_by_name(prediction: Tensor, twice: bool) -> None:
 
 def _name(node: Any) -> str:
     return type(node).__name__.removesuffix("Backward")
+
+
+def _is_ours(node: Any) -> bool:
+    return str(node._forward_cls.__module__).startswith(f"{__package__}.")
 
 
 def _is_once_differentiable(node: Any) -> bool:

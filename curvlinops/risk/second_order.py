@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd import grad
 from curvlinops.risk.graph import saved_tensors
 from curvlinops.risk.linearization import Columns, Engine, backward, checked
 from curvlinops.risk.model import FunctionalModel
+from curvlinops.risk.second_order_rules import SecondOrderRules
 
 
 class SecondOrder:
@@ -22,13 +24,22 @@ class SecondOrder:
         X: Inputs of the mini-batch.
         engine: What is known about the model.
         objective: Maps the prediction, with its graph, to a scalar.
+        is_reused: Whether there is more than one product.
     """
 
-    def __init__(self, model: FunctionalModel, X: Any, engine: Engine, objective: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self,
+        model: FunctionalModel,
+        X: Any,
+        engine: Engine,
+        objective: Callable[[Tensor], Tensor],
+        is_reused: bool = False,
+    ) -> None:
         self._model = model
         self._engine = engine
         self.values = model.leaves()
-        self.prediction = checked(model(self.values, X), engine, twice=True)
+        with SecondOrderRules() if is_reused else nullcontext():
+            self.prediction = checked(model(self.values, X), engine, twice=True)
         engine.learn_chunk_size(self.prediction)
         value = objective(self.prediction)
         self._gradients = gradients_of(model, value, self.values, create_graph=True)
