@@ -53,3 +53,12 @@ def _text(path: str | Path) -> str:
         return Path(path).read_text()
     except OSError:
         return ""
+
+
+def checked_budget(max_memory: int | None, device: torch.device) -> int:
+    """Bytes that may be kept, by default a share of all memory."""
+    if max_memory is None:
+        return default_budget(device)
+    if not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 0:
+        raise ValueError(f"max_memory: expected a number of bytes of at least 0, got {max_memory!r}.")
+    return max_memory

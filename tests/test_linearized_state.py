@@ -144,16 +144,138 @@ def test_draws_over_shuffled_data_are_kept(name: str, engine: str) -> None:
     assert torch.linalg.eigvalsh((D + D.T) / 2)[0] > -1e-10 * D.norm()
 
 
+class Reusing:
+    """A loader that reuses one piece of memory for all of its mini-batches, in every pass."""
+
+    def __init__(self, with_targets: bool = True) -> None:
+        self._X, self._y = torch.empty(2, 3, dtype=torch.float64), torch.empty(2, 2, dtype=torch.float64)
+        self._with_targets = with_targets
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        for seed in range(3):
+            y = self._y.copy_(laws.noise(2, 2, seed=seed + 9))
+            yield self._X.copy_(laws.noise(2, 3, seed=seed)), y if self._with_targets else None
+
+
+def small_model() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_loader_that_writes_over_its_batch(engine: str) -> None:
-    """A loader may reuse one piece of memory for all of its mini-batches: what is kept must not change with it."""
-
-    class Reusing:
-        def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-            X, y = torch.empty(2, 3, dtype=torch.float64), torch.empty(2, 2, dtype=torch.float64)
-            for seed in range(3):
-                yield X.copy_(laws.noise(2, 3, seed=seed)), y.copy_(laws.noise(2, 2, seed=seed + 9))
-
-    model = nn.Sequential(nn.Linear(3, 2), nn.Tanh(), nn.Linear(2, 2)).double()
+    """What is kept must not change with the loader's memory, in the first product or in a later one."""
+    model = small_model()
     A = curvlinops.EFLinearOperator(model, nn.MSELoss(), list(model.parameters()), Reusing())
-    laws.assert_close(A.linearize(engine=engine).to_dense(), A.to_dense(), engine)
+    kept, V = A.linearize(engine=engine), laws.noise(A.shape[1], 2, seed=3)
+    for _ in range(2):
+        laws.assert_close(kept @ V, A @ V, engine)
+    laws.assert_close(A.to_low_rank() @ V, A @ V, "low rank")
+
+
+def test_a_loader_that_writes_over_its_batch_without_targets() -> None:
+    """The same for a Jacobian."""
+    model = small_model()
+    J = curvlinops.JacobianLinearOperator(model, list(model.parameters()), Reusing(with_targets=False))
+    kept, V = J.linearize(), laws.noise(J.shape[1], 2, seed=3)
+    for _ in range(2):
+        laws.assert_close(kept @ V, J @ V, "product")
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_data_that_are_changed_later(engine: str) -> None:
+    """What is kept does not follow the user's data."""
+    model, X, y = small_model(), laws.noise(4, 3, seed=1), laws.noise(4, 2, seed=2)
+    A = curvlinops.EFLinearOperator(model, nn.MSELoss(), list(model.parameters()), [(X, y)])
+    kept, low_rank, V = A.linearize(engine=engine), A.to_low_rank(), laws.noise(A.shape[1], 2, seed=3)
+    before = kept @ V
+    X.mul_(2)
+    laws.assert_close(kept @ V, before, engine)
+    laws.assert_close(low_rank @ V, before, "low rank")
+    assert (A @ V - before).norm() > 1e-3 * before.norm(), "the original must be live"
+
+
+# -- vectors -----------------------------------------------------------------------------------------------------------
+
+
+def test_vectors_that_share_memory() -> None:
+    """A first product whose vectors share memory with each other, or with the parameters, prepares later ones well."""
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Tanh(), nn.Linear(2, 2, bias=False)).double()
+    params = dict(model.named_parameters())
+    data = [(laws.noise(4, 2, seed=1), laws.noise(4, 2, seed=2))]
+    A = curvlinops.GGNLinearOperator(model, nn.MSELoss(), params, data)
+    w, V = laws.noise(2, 2, seed=3), laws.noise(A.shape[1], seed=4)
+    frozen = A.frozen()
+    for vectors in ([w, w], [w, w.T], frozen._params):
+        kept = frozen.linearize(engine="tangents")
+        kept @ [v.detach() for v in vectors]
+        laws.assert_close(kept @ V, A @ V, "second product")
+
+
+# -- what is counted, and what goes wrong ------------------------------------------------------------------------------
+
+
+def test_samples_are_counted() -> None:
+    """Many samples of many classes are most of what is kept."""
+    model = nn.Linear(2, 50)
+    data = [(torch.rand(8, 2), torch.randint(50, (8,)))]
+    F = curvlinops.FisherMCLinearOperator(
+        model, nn.CrossEntropyLoss(), list(model.parameters()), data, mc_samples=40
+    ).linearize(engine="tangents")
+    F @ torch.ones(F.shape[1])
+    assert F._risk.keeper.num_bytes >= 4 * 8 * 50 * 40  # type: ignore[union-attr]
+
+
+def test_interrupted_after_a_gradient() -> None:
+    """Draws are repeated where a pass that knew the number of mini-batches already was interrupted."""
+
+    class Failing(list[Any]):
+        fails = False
+
+        def __iter__(self) -> Iterator[Any]:
+            for index, batch in enumerate(super().__iter__()):
+                if self.fails and index == 2:
+                    self.fails = False
+                    raise KeyboardInterrupt
+                yield batch
+
+    model = small_model()
+    batches = Failing((laws.noise(3, 3, seed=s), torch.tensor([0, 1, 1])) for s in range(4))
+    F = curvlinops.FisherMCLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), batches)
+    v = laws.noise(F.shape[1], seed=5)
+    kept = F.linearize()
+    kept.gradient_and_loss()
+    batches.fails = True
+    with pytest.raises(KeyboardInterrupt):
+        kept @ v
+    for _ in range(2):
+        laws.assert_close(kept @ v, F @ v, "after the interruption")
+
+
+def test_missing_values_are_the_same_data() -> None:
+    """Where some mini-batches are streamed again, NaN equals NaN."""
+
+    def masked(f: Tensor, y: Tensor) -> Tensor:
+        return torch.where(y.isnan(), 0.0, f - y.nan_to_num()).square().sum()
+
+    masked.reduction = "sum"  # type: ignore[attr-defined]
+    model = nn.Linear(3, 2).double()
+    data = [(laws.noise(2, 3, seed=s), torch.tensor([[float("nan"), 1.0], [0.0, 2.0]]).double()) for s in range(3)]
+    G = curvlinops.GGNLinearOperator(model, masked, list(model.parameters()), data)
+    v = laws.noise(G.shape[1], seed=5)
+    everything = G.linearize()
+    everything @ v
+    kept = G.linearize(max_memory=everything._risk.keeper.num_bytes // 2)  # type: ignore[union-attr]
+    for _ in range(2):
+        laws.assert_close(kept @ v, G @ v, "partly kept")
+    assert 0 < len(kept._risk.keeper) < 3  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_not_finite_in_a_lean_product() -> None:
+    """The error names the mini-batch, whichever column is to blame."""
+    model = nn.Linear(4, 3)
+    data = [(torch.rand(6, 4), torch.randint(3, (6,)))]
+    G = curvlinops.GGNLinearOperator(model, nn.CrossEntropyLoss(), list(model.parameters()), data)
+    V = torch.ones(15, 2)
+    V[0, 1] = float("nan")
+    with pytest.raises(FloatingPointError, match="mini-batch 0"):
+        G.linearize(max_memory=0) @ V

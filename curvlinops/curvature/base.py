@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from curvlinops.curvature.cost import Cost, Units, cost_of
-from curvlinops.memory import default_budget
+from curvlinops.memory import checked_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.risk.collective import raise_together
@@ -238,6 +238,12 @@ class CurvatureLinearOperator(LinearOperator):
         result._risk = copy.copy(self._risk)
         return result
 
+    def _read_from(self, data: Iterable[Any]) -> None:
+        """Go over to other data; called of a new copy."""
+        self._risk.keeper = None
+        self._risk.data = data
+        self._risk.num_data = None
+
     def frozen(self) -> Self:
         """The same matrix at copies of the model's parameters and buffers, which later training does not change.
 
@@ -255,6 +261,10 @@ class CurvatureLinearOperator(LinearOperator):
         return result
 
     _is_frozen = False
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._is_frozen
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> Self:
         """The same matrix, frozen, whose per-batch products are kept so that further ones cost less.
@@ -316,11 +326,12 @@ class CurvatureLinearOperator(LinearOperator):
         return None
 
     @property
-    def _way(self) -> str:
+    def _way(self) -> str | None:
+        """The way of its products, as in the cost report; ``None`` where the first product will choose."""
         keeper = self._risk.keeper
         if keeper is None:
             return "streamed"
-        return "lean" if keeper.max_bytes == 0 else (keeper.engine or "tangents")
+        return "lean" if keeper.max_bytes == 0 else keeper.engine
 
     #: The engine that :meth:`linearize` was asked for.
     _engine = "auto"
@@ -328,15 +339,6 @@ class CurvatureLinearOperator(LinearOperator):
     def _repr_extra(self) -> str:
         frozen = ", frozen" if self._is_frozen else ""
         return frozen if self._risk.keeper is None else f"{frozen}, linearised: {self._risk.keeper.describe()}"
-
-
-def checked_budget(max_memory: int | None, device: torch.device) -> int:
-    """Bytes that may be kept, by default a share of all memory."""
-    if max_memory is None:
-        return default_budget(device)
-    if not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 0:
-        raise ValueError(f"max_memory: expected a number of bytes of at least 0, got {max_memory!r}.")
-    return max_memory
 
 
 def _checked_chunk_size(chunk_size: int | str) -> int | None:

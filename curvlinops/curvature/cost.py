@@ -84,6 +84,7 @@ def cost_of(operator: CurvatureLinearOperator, units: Units) -> Cost:
         batches = risk.batches("cost")
         first = next(batches)
         sizes = [len(risk.predict(first.X)), *(risk.batch_size(batch.X, batch.y) for batch in batches)]
+        num_columns = operator._factor_columns(first.X, first.y)
         graph = num_bytes(saved_tensors(risk.linearize(first.X, Use()).prediction), apart_from=operator._params)
     share = sum(sizes) / sizes[0]
     # Besides the graph, a fused forward holds the tangents of a layer or two.
@@ -94,20 +95,18 @@ def cost_of(operator: CurvatureLinearOperator, units: Units) -> Cost:
             units.kept, units.streamed - units.kept, int(share * _kept(operator, first, "tangents").num_bytes)
         ),
     }
-    num_columns = operator._factor_columns(first.X, first.y)
     if num_columns is not None:
         keeper = _kept(operator, first, "factors")
         through_rest = 0.0 if all(not factor.uncovered for factor in keeper.products()) else units.kept
         ways["factors"] = Way(2 + through_rest, 2.0 + num_columns, int(share * keeper.num_bytes))
-    return Cost(len(sizes), sum(sizes), ways, operator._way)
+    chosen = operator._way or _kept(operator, first, operator._engine).engine
+    return Cost(len(sizes), sum(sizes), ways, chosen or "tangents")
 
 
 def _kept(operator: CurvatureLinearOperator, batch: Batch, engine: str) -> Keeper:
     """What a linearised product keeps of one mini-batch: found by making it."""
     alone = operator._copied()
-    alone._risk.keeper = None
-    alone._risk.data = [(batch.X, batch.y)]
-    alone._risk.num_data = None
+    alone._read_from([(batch.X, batch.y)])
     kept = alone.linearize(total_memory(operator.device), engine=engine)
     kept @ torch.ones(operator.shape[1], dtype=operator.dtype, device=operator.device)
     assert kept._risk.keeper is not None

@@ -83,7 +83,11 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
 
     def frozen(self) -> Self:
         """Itself, once computed; otherwise the diagonal at copies of parameters and buffers."""
-        return self if self._kept_entries is not None else CurvatureLinearOperator.frozen(self)
+        return self if self._holds_values else CurvatureLinearOperator.frozen(self)
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._kept_entries is not None or self._is_frozen
 
     def _repr_extra(self) -> str:
         computed = ", frozen at the parameters it was computed at" if self._kept_entries is not None else ""

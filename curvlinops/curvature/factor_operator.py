@@ -17,7 +17,7 @@ from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.graph import are_used
 from curvlinops.risk.layers.factors import LayerNotes
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, slices
-from curvlinops.risk.linearization import Engine, Linearization, Use
+from curvlinops.risk.linearization import Engine, Linearization, Use, is_out_of_memory
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.losses.factors import LossFactor
@@ -75,7 +75,7 @@ class BatchFactor:
         self._model = risk.model
         self._device = risk.device
         S = loss_factor(risk.terms(linearization.output, X, y))
-        _check_size(S.num_columns, notes, self._device)
+        _check_size(S.num_columns, notes, risk.model.params[0])
         self._columns = torch.stack(list(S.columns()))
         self._layers = risk.model.holding(linearization.values, lambda: notes.factors(self._columns))
         covered = set(self._layers.positions)
@@ -126,13 +126,13 @@ class BatchFactor:
     def gram(self, other: BatchFactor) -> Tensor:
         """Fᵀ F' ``[R, R']`` with another mini-batch, or the same mini-batch of another task."""
         here, there = set(self._layers.positions), set(other._layers.positions)
-        both = sorted(here & there)
+        both = sorted(here & there) if self.numel and other.numel else []
         left = sorted((here | there | {*self.uncovered, *other.uncovered}) - {*both})
         device = self._columns.device
         total = torch.zeros(self.numel, other.numel, dtype=at_least_float32(self._columns).dtype, device=device)
         if both:
             total = self._layers.gram(other._layers, both)
-        return total + self._gram_by_products(other, left) if left else total
+        return total + self._gram_by_products(other, left) if left and total.numel() else total
 
     def _gram_by_products(self, other: BatchFactor, positions: list[int]) -> Tensor:
         """The share of some parameters in the Gram matrix, by products with unit vectors."""
@@ -163,14 +163,14 @@ class BatchFactor:
     def held(self) -> Iterator[Tensor]:
         """The tensors that are held between products."""
         yield from self._layers.tensors()
+        yield self._columns
         if self._rest is not None:
-            yield self._columns
             yield from self._rest.held()
 
 
-def _check_size(num_columns: int, notes: LayerNotes, device: torch.device) -> None:
-    needed = 4 * num_columns * notes.numel
-    if needed > total_memory(device) // 2:
+def _check_size(num_columns: int, notes: LayerNotes, like: Tensor) -> None:
+    needed = like.element_size() * num_columns * notes.numel
+    if needed > total_memory(like.device) // 2:
         raise MemoryError(
             f"A datum of this mini-batch has {num_columns} columns, whose output gradients take {needed / 2**30:.3g} "
             "GiB: use engine='tangents', smaller mini-batches, or FisherMCLinearOperator with one column a sample."
@@ -191,7 +191,15 @@ class _Rest:
         self._risk.engine = Engine(forward_mode=risk.engine.forward_mode)
         self._X = X
         self._linearization: Linearization = self._risk.linearize(X, Use(is_reused=True))
-        self._check()
+        try:
+            self._check()
+        except RuntimeError as error:
+            if is_out_of_memory(error) or isinstance(error, NotImplementedError):
+                raise
+            raise NotImplementedError(
+                "The parameters that no layer note covers need a pass of their own, in which the others are constants, "
+                f"and the model does not allow that: {error} Use engine='tangents'."
+            ) from error
 
     def _check(self) -> None:
         """Compare the two directions of what is kept, since the products that follow compare nothing."""

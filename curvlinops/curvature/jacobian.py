@@ -101,6 +101,10 @@ class JacobianLinearOperator(CurvatureLinearOperator):
             self._output_shapes = shapes
         return self._output_shapes
 
+    def _read_from(self, data: Iterable[Any]) -> None:
+        super()._read_from(data)
+        self._output_shapes = None
+
     def _cut(self, U: list[Tensor]) -> list[Tensor]:
         """Columns of the codomain, one tensor a mini-batch."""
         return (

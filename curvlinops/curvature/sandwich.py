@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator, checked_budget
+from curvlinops.curvature.base import BatchProduct, CurvatureLinearOperator
 from curvlinops.curvature.cost import Units
 from curvlinops.curvature.factor_operator import BatchFactor, FactorLinearOperator
-from curvlinops.memory import num_bytes
+from curvlinops.memory import checked_budget, num_bytes
 from curvlinops.operators.low_rank import LowRankLinearOperator
+from curvlinops.risk.batches import copied
 from curvlinops.risk.columns import Piece
 from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
 from curvlinops.risk.keeping import Keeper
@@ -119,7 +120,8 @@ def _factor_of(operator: SandwichLinearOperator, budget: int) -> FactorLinearOpe
 
     def collect(X: Any, y: Any) -> list[Piece]:
         nonlocal held
-        batches.append(BatchFactor(operator._risk, X, y, operator._loss_factor))
+        # Copies, since a loader may fill the same memory anew.
+        batches.append(BatchFactor(operator._risk, copied(X), copied(y), operator._loss_factor))
         held += num_bytes(batches[-1].held(), apart_from=operator._params)
         if held > budget:
             raise MemoryError(
@@ -159,7 +161,9 @@ class SandwichProduct:
 
     def held(self) -> Iterator[Tensor]:
         """The tensors that are held between products."""
-        return self._lin.held()
+        yield from self._lin.held()
+        if self._factor is not None:
+            yield from self._factor.held()
 
 
 class Sampling:

@@ -76,11 +76,15 @@ class Reshaped(LinearOperator):
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
         """Linearise what is inside."""
-        return Reshaped(self.operator.linearize(max_memory, engine=engine), self.domain, self.codomain)
+        return Reshaped(linearized(self.operator, max_memory, engine), self.domain, self.codomain)
 
     def frozen(self) -> LinearOperator:
         """Freeze what is inside."""
-        return Reshaped(self.operator.frozen(), self.domain, self.codomain)
+        return self if self._holds_values else Reshaped(self.operator.frozen(), self.domain, self.codomain)
+
+    @property
+    def _holds_values(self) -> bool:
+        return self.operator._holds_values
 
 
 def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOperator:
@@ -88,6 +92,11 @@ def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOpe
     if operator.domain.shapes == domain.shapes and operator.codomain.shapes == codomain.shapes:
         return operator
     return Reshaped(operator, domain, codomain)
+
+
+def linearized(operator: LinearOperator, max_memory: int | None, engine: str) -> LinearOperator:
+    """The operator, linearised; one that a user wrote need not know engines."""
+    return operator.linearize(max_memory) if engine == "auto" else operator.linearize(max_memory, engine=engine)
 
 
 def shared_memory(max_memory: int | None, operators: Sequence[LinearOperator]) -> int | None:
@@ -116,11 +125,15 @@ class Node(LinearOperator):
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
         """The node over linearised operators, which share the memory."""
         share = shared_memory(max_memory, self._inside())
-        return self._rebuilt(lambda operator: operator.linearize(share, engine=engine))
+        return self._rebuilt(lambda operator: linearized(operator, share, engine))
 
     def frozen(self) -> LinearOperator:
         """The node over frozen operators."""
-        return self._rebuilt(lambda operator: operator.frozen())
+        return self if self._holds_values else self._rebuilt(lambda operator: operator.frozen())
+
+    @property
+    def _holds_values(self) -> bool:
+        return all(operator._holds_values for operator in self._inside())
 
 
 class Sum(Node):

@@ -91,6 +91,11 @@ class LinearOperator(ABC):
         """The same operator at copies of the values it depends on; itself where it depends on none."""
         return self
 
+    @property
+    def _holds_values(self) -> bool:
+        """Whether nothing that others hold can change it: true of what :meth:`frozen` returns."""
+        return True
+
     # ------------------------------------------------------------------- derived
 
     @property

@@ -30,6 +30,7 @@ class TensorLinearOperator(LinearOperator):
         if A.ndim != 2:
             raise ValueError(f"Expected a matrix, got a tensor of shape {list(A.shape)}.")
         self._matrix = A.detach()
+        self._owns_matrix = False
         rows, columns = A.shape
         super().__init__(Space.flat(columns, A.dtype, A.device), Space.flat(rows, A.dtype, A.device))
         self.SELF_ADJOINT = rows == columns and _is_symmetric(self._matrix)
@@ -76,20 +77,35 @@ class TensorLinearOperator(LinearOperator):
         self._require_square("inverse")
         matrix = _factorisable(self._matrix)
         inverse = torch.linalg.inv(matrix + damping * _eye_like(matrix)).to(self.dtype)
-        return TensorLinearOperator((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
+        return _owning((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
+
+    def frozen(self) -> TensorLinearOperator:
+        """The same operator with a copy of the matrix that it was given."""
+        return self if self._holds_values else _owning(self._matrix.clone())
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._owns_matrix
 
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
         if isinstance(other, TensorLinearOperator):
-            return TensorLinearOperator(self._matrix + other._matrix)
+            return _owning(self._matrix + other._matrix)
         if isinstance(other, Diagonal) and other.domain.is_flat:
-            return TensorLinearOperator(self._matrix + torch.diag(other.diagonal()))
+            return _owning(self._matrix + torch.diag(other.diagonal()))
         return None
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
-        return TensorLinearOperator(self._matrix * factor)
+        return _owning(self._matrix * factor)
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        return TensorLinearOperator(self._matrix @ other._matrix) if isinstance(other, TensorLinearOperator) else None
+        return _owning(self._matrix @ other._matrix) if isinstance(other, TensorLinearOperator) else None
+
+
+def _owning(matrix: Tensor) -> TensorLinearOperator:
+    """The operator of a matrix that nobody else holds."""
+    result = TensorLinearOperator(matrix)
+    result._owns_matrix = True
+    return result
 
 
 def _is_symmetric(matrix: Tensor) -> bool:

@@ -8,21 +8,19 @@ diagonal of U diag(weights) Uᵀ in the shapes of the codomain. What follows fro
 from __future__ import annotations
 
 from collections.abc import Iterator
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from curvlinops.operators import base
-from curvlinops.operators.algebra import Adjoint, Chain, HStack, Reshaped, Scaled, Sum
+from curvlinops.operators.algebra import Chain, HStack, Reshaped, Scaled
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.space import Space
 
 #: UᵀV of operators that hold their values, for as long as both are alive.
 _KEPT: WeakKeyDictionary[LinearOperator, WeakKeyDictionary[LinearOperator, Tensor]] = WeakKeyDictionary()
-#: Operators that were found to hold their values, though freezing would copy these once more.
-_FIXED: WeakSet[LinearOperator] = WeakSet()
 
 
 def gram(U: LinearOperator) -> Tensor:
@@ -69,7 +67,7 @@ def cross_gram(U: LinearOperator, V: LinearOperator) -> Tensor:
         result = _by_products(U, V) if found is None else found
         result = (result + result.T) / 2 if U is V else result
         result = result.to(working_dtype(result.dtype)).detach()
-    if fixed(U) is U and fixed(V) is V:
+    if U._holds_values and V._holds_values:
         _KEPT.setdefault(U, WeakKeyDictionary())[V] = result
     return result
 
@@ -94,29 +92,6 @@ def row_squares(U: LinearOperator, weights: Tensor) -> list[Tensor]:
         found = _known_row_squares(U, weights)
         squares = _row_squares_by_products(U, weights) if found is None else found
         return [square.to(working_dtype(U.dtype)) for square in squares]
-
-
-def fixed(U: LinearOperator) -> LinearOperator:
-    """The frozen operator; U itself where nothing in it would change, its nodes looked into."""
-    if isinstance(U, Reshaped):
-        inner = fixed(U.operator)
-        return U if inner is U.operator else Reshaped(inner, U.domain, U.codomain)
-    if not isinstance(U, (Adjoint, Chain, HStack, Scaled, Sum)):
-        return U if U in _FIXED else _noted(U.frozen())
-    is_new = []
-
-    def freeze(operator: LinearOperator) -> LinearOperator:
-        result = fixed(operator)
-        is_new.append(result is not operator)
-        return result
-
-    rebuilt = U._rebuilt(freeze)
-    return rebuilt if any(is_new) else U
-
-
-def _noted(U: LinearOperator) -> LinearOperator:
-    _FIXED.add(U)
-    return U
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,9 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators import woodbury
-from curvlinops.operators.algebra import _recut, adopt
+from curvlinops.operators.algebra import _recut, adopt, linearized
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.gram import fixed, row_squares, working_dtype
+from curvlinops.operators.gram import row_squares, working_dtype
 from curvlinops.operators.low_rank_part import LowRankPart
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal, IdentityLinearOperator, checked_logdet
@@ -98,11 +98,15 @@ class LowRankLinearOperator(LinearOperator):
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LowRankLinearOperator:
         """The same matrix over linearised columns."""
-        return self._over(self.U.linearize(max_memory, engine=engine))
+        return self._over(linearized(self.U, max_memory, engine))
 
     def frozen(self) -> LowRankLinearOperator:
         """The same matrix over columns that hold their values; itself where they do."""
-        return self._over(fixed(self.U))
+        return self._over(self.U.frozen())
+
+    @property
+    def _holds_values(self) -> bool:
+        return self.U._holds_values
 
     def _over(self, U: LinearOperator) -> LowRankLinearOperator:
         if U is self.U:

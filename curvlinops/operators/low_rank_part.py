@@ -59,8 +59,9 @@ class LowRankPart:
         is_flat = self.core.ndim == other.core.ndim == 1
         core = self.core.new_zeros([size] if is_flat else [size, size])
         for part, index in ((self, torch.arange(len(self.core), device=core.device)), (other, torch.cat(rows))):
+            # An operator may stand several times in one of the two, so that indices repeat.
             if is_flat:
-                core[index] += part.core
+                core.index_add_(0, index, part.core)
             else:
-                core[index.unsqueeze(-1), index] += woodbury.as_matrix(part.core)
+                core.index_put_((index.unsqueeze(-1), index), woodbury.as_matrix(part.core), accumulate=True)
         return LowRankPart(stacked, core)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.operators.algebra import shared_memory
+from curvlinops.operators.algebra import linearized, shared_memory
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 
@@ -39,6 +39,7 @@ class Diagonal(LinearOperator):
         for index, tensor in enumerate(tensors):
             space._check_kind(tensor, space.label(index))
         self._kept_entries: list[Tensor] | None = [t.detach() for t in tensors]
+        self._owns_entries = False
         LinearOperator.__init__(self, space, space)
 
     @property
@@ -51,7 +52,20 @@ class Diagonal(LinearOperator):
         result = Diagonal(entries)
         result._domain = result._codomain = self.domain if space is None else space
         result.POSITIVE_SEMIDEFINITE = False
+        result._owns_entries = True
         return result
+
+    def frozen(self) -> Diagonal:
+        """The same operator with copies of the entries that it was given."""
+        if self._holds_values:
+            return self
+        result = self._like([entry.clone() for entry in self._entries])
+        result.POSITIVE_SEMIDEFINITE = self.POSITIVE_SEMIDEFINITE
+        return result
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._owns_entries
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [entry.unsqueeze(-1) * x for entry, x in zip(self._entries, X, strict=True)]
@@ -228,12 +242,16 @@ class BlockDiagonal(LinearOperator):
 
     def frozen(self) -> BlockDiagonal:
         """The same operator with frozen blocks."""
-        return self._rebuilt([block.frozen() for block in self.blocks])
+        return self if self._holds_values else self._rebuilt([block.frozen() for block in self.blocks])
+
+    @property
+    def _holds_values(self) -> bool:
+        return all(block._holds_values for block in self.blocks)
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> BlockDiagonal:
         """The same operator with linearised blocks."""
         share = shared_memory(max_memory, self.blocks)
-        return self._rebuilt([block.linearize(share, engine=engine) for block in self.blocks])
+        return self._rebuilt([linearized(block, share, engine) for block in self.blocks])
 
     def adjoint(self) -> LinearOperator:
         """The block-diagonal operator of the adjoints."""

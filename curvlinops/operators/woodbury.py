@@ -143,7 +143,7 @@ def inverse_core(core: Tensor, G: Tensor, c: float, eps: float) -> InverseCore |
     values, W = torch.linalg.eigh(K)
     if is_definite:  # G has eigenvalues below -c by rounding only
         values = values.clamp(min=c)
-    elif not values.abs().min() > eps * (values.abs().max() + abs(c)):
+    elif len(values) and not values.abs().min() > eps * (values.abs().max() + abs(c)):
         return None
     return InverseCore(J, partial(_solve_by_eigenvectors, values, W), -1.0 / c)
 

@@ -20,6 +20,11 @@ class Batch:
     X: Any
     y: Any
 
+    def tensors(self) -> Iterator[Tensor]:
+        """The tensors of X and y."""
+        yield from tensors_of(self.X)
+        yield from tensors_of(self.y)
+
 
 def read_batch(index: int, item: Any, device: torch.device) -> Batch:
     """A loader's item as a mini-batch on a device.
@@ -41,6 +46,18 @@ def read_batch(index: int, item: Any, device: torch.device) -> Batch:
         got = f"{type(item).__name__} of {len(item)}" if isinstance(item, (tuple, list)) else type(item).__name__
         raise ValueError(f"Mini-batch {index}: expected a pair (X, y) or a mapping with 'labels', got {got}.")
     return Batch(index, moved(X, device), moved(y, device))
+
+
+def owned(batch: Batch) -> Batch:
+    """A copy of a mini-batch that outlives the pass: a loader may fill the same memory anew, a user change the data."""
+    return Batch(batch.index, copied(batch.X), copied(batch.y))
+
+
+def copied(tree: Any) -> Any:
+    """A nested tuple, list or mapping with copies of its tensors."""
+    if isinstance(tree, PackedSequence):
+        return PackedSequence(*(part.clone() if isinstance(part, Tensor) else part for part in tree))
+    return map_tensors(Tensor.clone, tree)
 
 
 def moved(tree: Any, device: torch.device) -> Any:

@@ -47,18 +47,27 @@ class Derivatives:
         """
         if "directions" in self.engine.verified:
             return
-        self.engine.verified.add("directions")
+        engine = self.engine
+        engine.verified.add("directions")  # at once, since the check pushes, too
+        try:
+            self._compare_directions(X)
+        except BaseException:
+            engine.verified.discard("directions")
+            raise
+
+    def _compare_directions(self, X: Any) -> None:
         generator = torch.Generator(self.device).manual_seed(0)
         V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
         with preserved_random_state(None, self.device):
             try:
-                lin, JV = self.push(self.linearize(X), X, V)
+                # A lean linearisation can be pulled back only once.
+                lin, JV = self.push(self.linearize(X, Use()), X, V)
             except NoPushError:
                 return  # nothing to compare with
             u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
             if self.engine.forward_mode and bool(disagree(u, JV, V, lin.pull(u))):
                 self.engine = Engine(forward_mode=False)
-                check_by_difference(self.model, X, self.linearize(X))
+                check_by_difference(self.model, X, self.linearize(X, Use()))
                 self.engine.verified |= {"differences", "directions"}
 
     def linearize(self, X: Any, use: Use | None = None) -> Linearization:
@@ -89,7 +98,7 @@ class Derivatives:
                     return linearization, JV
                 linearization = linearize(self.model, X, self.engine, linearization.use)
         if "differences" not in self.engine.verified:
-            check_by_difference(self.model, X, linearization)
+            check_by_difference(self.model, X, self.linearize(X, Use()))
             self.engine.verified.add("differences")
         return linearization, linearization.push(V)
 

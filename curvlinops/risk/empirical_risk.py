@@ -103,7 +103,7 @@ class EmpiricalRisk(Derivatives):
         index = -1
         for index, item in enumerate(items):
             batch = read_batch(index, item, self.device)
-            yield batch if keeper is None else keeper.same(batch)
+            yield batch if keeper is None else keeper.own(batch)
         if index < 0:
             raise ValueError("The data are empty: expected at least one mini-batch.")
 
@@ -142,7 +142,7 @@ class EmpiricalRisk(Derivatives):
                 if self.keeper is not None:
                     self.keeper.finish(found.num_batches)
                 if not are_finite(found.sums):
-                    self._raise_not_finite(begin, step)
+                    self._raise_not_finite(begin, step, use or self.use)
                 return self._scaled(found)
             if self.keeper is not None:
                 self.keeper.forget()
@@ -161,9 +161,6 @@ class EmpiricalRisk(Derivatives):
                     except FloatingPointError as error:
                         raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
         except Exception as error:
-            if self.keeper is not None and self.keeper.num_batches is None:
-                # Those that are kept would draw no more random numbers, and the next would take theirs.
-                self.keeper.forget()
             # The other ranks wait for this one, so the error travels with the sums.
             if self.process_group is None:
                 raise
@@ -172,9 +169,8 @@ class EmpiricalRisk(Derivatives):
             is_through = True
         finally:
             self._pass = None
-            if not is_through and self.keeper is not None and self.keeper.num_batches is None:
-                # Those that are kept would draw no more random numbers, and the next one would draw theirs.
-                self.keeper.forget()
+            if not is_through and self.keeper is not None:
+                self.keeper.drop()
         return found
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
@@ -188,17 +184,22 @@ class EmpiricalRisk(Derivatives):
         if self.num_data is not None:
             found.num_data += self.batch_size(batch.X, batch.y)
 
-    def _raise_not_finite(self, begin: Callable[[], BatchSum], step: str) -> None:
+    def _raise_not_finite(self, begin: Callable[[], BatchSum], step: str, use: Use) -> None:
         """Find the mini-batch that is to blame, in a pass of its own: looking at each in every pass would cost time."""
         advice = "Check the inputs, the loss, the parameters and the vector for NaN, infinity or overflow."
-        with preserved_random_state(self.data, self.device), differentiable(self.model):
-            batch_sum = begin()
-            for batch in self.batches(f"{step}, looking for numbers that are not finite"):
-                pieces = batch_sum(batch.X, batch.y)
-                if not all(t.isfinite().all() for _, tensors in pieces for t in tensors):
-                    raise FloatingPointError(
-                        f"{self.name}: mini-batch {batch.index} gives numbers that are not finite. {advice}"
-                    )
+        self._pass = Pass.empty([], self.model.params[0], use)
+        try:
+            with preserved_random_state(self.data, self.device), differentiable(self.model):
+                batch_sum = begin()
+                for batch in self.batches(f"{step}, looking for numbers that are not finite"):
+                    self._pass.batch_index = batch.index
+                    pieces = batch_sum(batch.X, batch.y)
+                    if not all(t.isfinite().all() for _, tensors in pieces for t in tensors):
+                        raise FloatingPointError(
+                            f"{self.name}: mini-batch {batch.index} gives numbers that are not finite. {advice}"
+                        )
+        finally:
+            self._pass = None
         raise FloatingPointError(f"{self.name}: the sum over mini-batches or ranks is not finite. {advice}")
 
     def _scaled(self, found: Pass) -> list[Tensor]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
-def nodes_of(prediction: Tensor) -> Iterator[Any]:
-    """All nodes of the graph behind a tensor."""
-    stack, seen = [prediction.grad_fn], set()
+def nodes_of(*outputs: Tensor) -> Iterator[Any]:
+    """All nodes of the graph behind some tensors."""
+    stack, seen = [output.grad_fn for output in outputs], set()
     while stack:
         node = stack.pop()
         if node is None or node in seen:
@@ -22,15 +25,34 @@ def nodes_of(prediction: Tensor) -> Iterator[Any]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
-def saved_tensors(prediction: Tensor) -> Iterator[Tensor]:
-    """The tensors that the graph behind a tensor holds for its backward."""
-    for node in nodes_of(prediction):
-        if isinstance(node, BackwardCFunction):
-            yield from (t for t in node.saved_tensors if isinstance(t, Tensor))
-            continue
-        for name in _saved_names(type(node)):  # type: ignore[arg-type]
-            saved = getattr(node, name)
+def saved_tensors(*outputs: Tensor) -> Iterator[Tensor]:
+    """The tensors that the graph behind some tensors holds for its backward.
+
+    What checkpointing does not hold is left out: to read it would compute it.
+    """
+    for node in nodes_of(*outputs):
+        is_ours = isinstance(node, BackwardCFunction)
+        for name in ["saved_tensors"] if is_ours else _saved_names(type(node)):  # type: ignore[arg-type]
+            saved = _read(node, name)
             yield from (t for t in (saved if isinstance(saved, tuple) else (saved,)) if isinstance(t, Tensor))
+
+
+def _read(node: Any, name: str) -> Any:
+    with contextlib.suppress(_WouldComputeError), _NothingComputed():  # type: ignore[no-untyped-call]
+        return getattr(node, name)
+
+
+class _WouldComputeError(Exception):
+    """What is read is not held."""
+
+
+class _NothingComputed(TorchDispatchMode):
+    """Refuses every kernel but the one by which a node hands out its own result."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return func(*args, **(kwargs or {}))
+        raise _WouldComputeError
 
 
 @cache

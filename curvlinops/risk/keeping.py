@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Protocol, TypeVar
 
-import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from curvlinops.memory import num_bytes
-from curvlinops.risk.batches import Batch, tensors_of
+from curvlinops.risk.batches import Batch, owned
 from curvlinops.risk.surroundings import RandomStates
 
 
@@ -47,15 +47,16 @@ class Keeper:
 
     def __init__(self, max_bytes: int, params: Iterable[Tensor], states: RandomStates) -> None:
         self.max_bytes = max_bytes
-        self.num_bytes = 0
-        self.num_batches: int | None = None
+        self.num_bytes: int
+        self.num_batches: int | None
         self.engine: str | None = None
         self._params = list(params)
         self._states = states
-        self._kept: list[_Kept] = []
-        self._is_full = max_bytes <= 0
-        self._current: Any = None
-        self._generator_states: dict[int, Tensor] = {}
+        self._kept: list[_Kept]
+        self._is_full: bool
+        self._current: Any
+        self._generator_states: dict[int, Tensor]
+        self.forget()
 
     def __len__(self) -> int:
         """How many mini-batches are kept."""
@@ -92,19 +93,16 @@ class Keeper:
         """Called before the data are read."""
         self._states.restore()
 
-    def same(self, batch: Batch) -> Batch:
-        """The kept form of a mini-batch that the loader gave again, if there is one.
+    def own(self, batch: Batch) -> Batch:
+        """The kept form of a mini-batch that the loader gave again, or a copy of one that may be kept.
 
         Raises:
             RuntimeError: If it has other data than the one that is kept.
         """
         if batch.index >= len(self._kept):
-            return batch
+            return owned(batch) if self.wants(batch.index) else batch
         kept = self._kept[batch.index].batch
-        pairs = zip(
-            [*tensors_of(batch.X), *tensors_of(batch.y)], [*tensors_of(kept.X), *tensors_of(kept.y)], strict=False
-        )
-        if not all(torch.equal(a, b) for a, b in pairs):
+        if not _are_equal(list(batch.tensors()), list(kept.tensors())):
             raise RuntimeError(
                 f"Mini-batch {batch.index} has other data than when it was linearised, so that the kept and the "
                 "streamed mini-batches would not make one matrix. Fix the order of the data, or raise max_memory until "
@@ -119,7 +117,7 @@ class Keeper:
         self._current = made = make()
         return made
 
-    def rewind(self, index: int, generator: torch.Generator) -> None:
+    def rewind(self, index: int, generator: Generator) -> None:
         """Set a generator to the state in which the mini-batch found it first."""
         if index in self._generator_states:
             generator.set_state(self._generator_states[index])
@@ -129,15 +127,24 @@ class Keeper:
     def settle(self, batch: Batch) -> None:
         """Called when a mini-batch is done: keep what it left behind, if it fits."""
         what, self._current = self._current, None
-        if what is None or not hasattr(what, "held") or batch.index < len(self._kept) or self._is_full:
+        if what is None or batch.index != len(self._kept) or self._is_full:
             return
-        tensors = [*what.held(), *tensors_of(batch.X), *tensors_of(batch.y)]
-        size = num_bytes(tensors, apart_from=self._params)
+        size = num_bytes([*what.held(), *batch.tensors()], apart_from=self._params) if hasattr(what, "held") else inf
         if self.num_bytes + size > self.max_bytes:
             self._is_full = True
             return
         self._kept.append(_Kept(batch, what))
-        self.num_bytes += size
+        self.num_bytes += int(size)
+
+    def drop(self) -> None:
+        """Called when a pass ends before its time: let go of what is unfinished.
+
+        Unless all mini-batches are kept, everything is prepared anew: those that are kept would draw no more random
+        numbers, and the next ones would draw theirs.
+        """
+        self._current = None
+        if not self.keeps_all:
+            self.forget()
 
     def finish(self, num_batches: int) -> None:
         """Called after a pass that went well."""
@@ -145,12 +152,21 @@ class Keeper:
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is kept, since graphs cannot be copied: the first product of a copy prepares anew."""
-        empty = {"_kept": [], "num_bytes": 0, "num_batches": None, "_current": None, "_is_full": self.max_bytes <= 0}
-        return {**self.__dict__, **empty}
+        return {**self.__dict__, **self._empty()}
 
     def forget(self) -> None:
         """Begin anew."""
-        self._kept.clear()
-        self.num_bytes, self.num_batches, self._current = 0, None, None
-        self._generator_states.clear()
-        self._is_full = self.max_bytes <= 0
+        self.__dict__.update(self._empty())
+
+    def _empty(self) -> dict[str, Any]:
+        is_full = self.max_bytes <= 0
+        counts = {"num_bytes": 0, "num_batches": None, "_is_full": is_full}
+        return {"_kept": [], "_current": None, "_generator_states": {}, **counts}
+
+
+def _are_equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether tensors have the same numbers, missing ones (NaN) being the same."""
+    return len(one) == len(other) and all(
+        a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
+        for a, b in zip(one, other, strict=True)
+    )

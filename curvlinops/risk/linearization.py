@@ -208,7 +208,9 @@ class ForwardMode(Linearization):
     def _run(self, v: Columns, record: bool, wants_tape: bool) -> Tensor:
         """A forward with tangents, which records the graph, the tape, both or neither."""
         values = self.values if record else [value.detach() for value in self.values]
-        tangents = [column.contiguous() for column in v]
+        # The recorder knows tangents by their memory, which must not be that of another one or of a parameter.
+        form = torch.contiguous_format
+        tangents = [column.clone(memory_format=form) if wants_tape else column.contiguous() for column in v]
         rules = TangentRules(max_bytes=self.use.max_bytes if record else None)
         with torch.set_grad_enabled(record), forward_ad.dual_level(), rules, ExitStack() as stack:
             duals = [forward_ad.make_dual(value, tangent) for value, tangent in zip(values, tangents, strict=True)]
@@ -261,9 +263,8 @@ class DoubleBackward(Linearization):
     def held(self) -> Iterator[Tensor]:
         """The tensors that are held between products."""
         yield from super().held()
-        for gradient in () if self._pulled is None else self._pulled[1]:
-            if gradient is not None:
-                yield from saved_tensors(gradient)
+        gradients = () if self._pulled is None else self._pulled[1]
+        yield from saved_tensors(*(gradient for gradient in gradients if gradient is not None))
 
 
 def unstacked(V: Columns) -> list[list[Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.autograd import grad
 from curvlinops.risk.graph import saved_tensors
 from curvlinops.risk.linearization import Columns, Engine, backward, checked
 from curvlinops.risk.model import FunctionalModel
-from curvlinops.risk.second_order_rules import SecondOrderRules
+from curvlinops.risk.second_order_rules import SecondOrderRules, are_differentiated
 
 
 class SecondOrder:
@@ -38,11 +37,18 @@ class SecondOrder:
         self._model = model
         self._engine = engine
         self.values = model.leaves()
-        with SecondOrderRules() if is_reused else nullcontext():
-            self.prediction = checked(model(self.values, X), engine, twice=True)
+        self.prediction = checked(self._predicted(X, is_reused), engine, twice=True)
         engine.learn_chunk_size(self.prediction)
         value = objective(self.prediction)
         self._gradients = gradients_of(model, value, self.values, create_graph=True)
+
+    def _predicted(self, X: Any, is_reused: bool) -> Tensor:
+        if is_reused:
+            with SecondOrderRules():
+                prediction = self._model(self.values, X)
+            if not are_differentiated(prediction):
+                return prediction
+        return self._model(self.values, X)
 
     @property
     def gradient(self) -> list[Tensor]:
@@ -51,9 +57,7 @@ class SecondOrder:
 
     def held(self) -> Iterator[Tensor]:
         """The tensors that are held between products."""
-        for gradient in self._gradients:
-            if gradient is not None:
-                yield from saved_tensors(gradient)
+        return saved_tensors(*(gradient for gradient in self._gradients if gradient is not None))
 
     def __call__(self, V: Columns) -> list[Tensor]:
         """The Hessian times columns-last tensors ``[*shape, K]``."""

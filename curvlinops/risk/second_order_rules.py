@@ -16,11 +16,14 @@ from torch import Tensor
 from torch.autograd import Function, grad
 from torch.overrides import TorchFunctionMode
 
+from curvlinops.risk.graph import nodes_of
+
 
 class SecondOrderRules(TorchFunctionMode):
     """Replaces calls by ones of the same value and derivatives, while it is active.
 
     Under hooks for saved tensors nothing is replaced: a block that checkpointing runs again must save the same again.
+    Nor is anything inside of a function transform, which would need rules of its own.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -30,9 +33,10 @@ class SecondOrderRules(TorchFunctionMode):
 
 
 def _can_be_replaced(x: Any) -> bool:
-    is_plain = type(x) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-    is_followed = torch.is_grad_enabled() and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
-    return is_plain and is_followed and x.requires_grad and x.dtype in (torch.float32, torch.float64)
+    is_plain = type(x) in (Tensor, torch.nn.Parameter) and x.dtype in (torch.float32, torch.float64)
+    is_hooked = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    is_transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    return is_plain and x.requires_grad and torch.is_grad_enabled() and not is_hooked and not is_transformed
 
 
 # ----------------------------------------------------------------- entry by entry
@@ -101,7 +105,9 @@ def _layer_norm(
     eps: float = 1e-5,
 ) -> Tensor | None:
     """Layer norm over the last axis with a scale."""
-    if len(normalized_shape) != 1 or weight is None or not _can_be_replaced(input) or input.dtype != weight.dtype:
+    if len(normalized_shape) != 1 or input.ndim < 2 or weight is None or input.dtype != weight.dtype:
+        return None
+    if not _can_be_replaced(input):
         return None
     result: Tensor = _LayerNorm.apply(input, weight, bias, eps)  # type: ignore[no-untyped-call]
     return result
@@ -246,6 +252,15 @@ def _on_channels(v: Tensor, like: Tensor) -> Tensor:
 def _channel_sum(a: Tensor, b: Tensor | None = None) -> Tensor:
     """Sums over all axes but the second, of a tensor or of an entrywise product."""
     return (a if b is None else a * b).sum([0, *range(2, a.ndim)])
+
+
+def are_differentiated(prediction: Tensor) -> bool:
+    """Whether the model itself differentiated a call that was replaced: a Hessian then asks for a third derivative.
+
+    What is kept in place of the second derivative is a constant to autograd, so that it would come out wrong.
+    """
+    second = (_EntrywiseBackward, _LayerNormBackward, _BatchNormBackward)
+    return any(getattr(node, "_forward_cls", None) in second for node in nodes_of(prediction))
 
 
 _RULES: dict[Any, Callable[..., Tensor | None]] = {

@@ -144,7 +144,7 @@ def _layer_norm(
         elif db is not None:
             tangent = tangent + db
         if dw is not None:
-            tangent.addcmul_(z, dw.expand_as(z))
+            tangent = torch.addcmul(tangent, z, dw)  # not in place, which vmap would do column by column
     return _dual(primal, tangent)
 
 

@@ -8,7 +8,7 @@ model, and works where the forward looks at values, since only tensors are follo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -225,7 +225,7 @@ def _needed(operations: Sequence[_Operation], result: int | None) -> list[_Opera
 
 
 #: Kernels in place that vmap would run column by column.
-_UNDER_VMAP = {
+_UNDER_VMAP: dict[Any, Callable[..., Tensor]] = {
     torch.ops.aten.addmm_.default: lambda total, A, B: total.add_(A @ B),
     torch.ops.aten.baddbmm_.default: lambda total, A, B: total.add_(A @ B),
 }

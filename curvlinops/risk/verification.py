@@ -116,8 +116,8 @@ def check_hessian_by_difference(model: FunctionalModel, second_order: SecondOrde
         )
 
 
-#: The fused kernel of weight_norm, on the CPU.
-_WRONG_DOUBLE_BACKWARD = ("WeightNormInterface",)
+#: The fused kernel of weight_norm, on the CPU; and a third derivative, of models that differentiate a layer norm.
+_WRONG_DOUBLE_BACKWARD = ("WeightNormInterface", "NativeLayerNormBackwardBackward")
 
 
 def _matches(

@@ -196,8 +196,15 @@ class CGInverseLinearOperator(LinearOperator):
                 stacklevel=5,
             )
 
+    @property
+    def _holds_values(self) -> bool:
+        inside = [o for o in (self._A, self._preconditioner) if isinstance(o, LinearOperator)]
+        return all(operator._holds_values for operator in inside)
+
     def frozen(self) -> CGInverseLinearOperator:
         """The inverse of the frozen operator, with the same options."""
+        if self._holds_values:
+            return self
         preconditioner = self._preconditioner
         if isinstance(preconditioner, LinearOperator):
             preconditioner = preconditioner.frozen()

@@ -21,7 +21,7 @@ from curvlinops import (
 )
 from curvlinops.operators import base
 from curvlinops.operators.algebra import Chain, HStack, Reshaped, Scaled, Sum
-from curvlinops.operators.gram import cross_gram, fixed, gram, row_squares
+from curvlinops.operators.gram import cross_gram, gram, row_squares
 from tests.operators.operator_pairs import CPU, SHAPES, MatrixOperator, named_space, noise
 
 D = 5
@@ -283,7 +283,7 @@ def test_values_that_change_are_not_kept() -> None:
         assert_close(frozen.to_dense(), before, "frozen")
         assert_close(frozen.damped(1.0).logdet(), logdet, "frozen")
         assert_close(inverse.to_dense(), torch.linalg.inv(before + EYE), "an inverse is frozen")
-        assert isinstance(A.frozen().U, type(fixed(A.U)))
+        assert isinstance(A.frozen().U, type(A.U.frozen()))
 
 
 def test_weights_are_copied() -> None:
@@ -515,3 +515,34 @@ def test_negative_matrices_have_no_root() -> None:
 def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         LowRankLinearOperator(*arguments)
+
+
+def test_a_matrix_that_is_changed_later() -> None:
+    """Gram matrices of a matrix that somebody else holds are not kept."""
+    U = torch.rand(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    A = LowRankLinearOperator(TensorLinearOperator(U), c=0.5)
+    frozen, before = A.frozen(), A.to_dense()
+    for operator in (A, frozen):
+        assert_close(operator.trace(), before.trace(), "trace")
+    U.mul_(3)
+    now = U @ U.T + 0.5 * torch.eye(6, dtype=torch.float64)
+    assert_close(A.trace(), now.trace(), "trace after the change")
+    assert_close(A.inverse() @ now, torch.eye(6, dtype=torch.float64), "inverse after the change")
+    assert_close(frozen.to_dense(), before, "frozen matrix")
+    assert_close(frozen.inverse() @ before, torch.eye(6, dtype=torch.float64), "frozen inverse")
+
+
+def test_a_sum_over_columns_that_stand_twice() -> None:
+    """An operator may be in a stack twice, in either term of a sum."""
+    U = TensorLinearOperator(torch.rand(5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    twice, once = LowRankLinearOperator(HStack([U, U])), LowRankLinearOperator(U)
+    other = LowRankLinearOperator(TensorLinearOperator(torch.ones(5, 1, dtype=torch.float64)))
+    for one, two in ((twice, twice), (twice, once), (once, twice), (other, twice)):
+        assert_close((one + two).to_dense(), one.to_dense() + two.to_dense(), "sum")
+
+
+def test_no_columns() -> None:
+    """Without columns a matrix is a multiple of the identity, of either sign."""
+    for c in (0.4, -0.4):
+        A = LowRankLinearOperator(TensorLinearOperator(torch.zeros(4, 0)), c=c)
+        assert_close(A.inverse().to_dense(), torch.eye(4) / c, "inverse", rtol=1e-6)

@@ -79,6 +79,8 @@ def test_several_vectors_at_once(name: str) -> None:
         lambda x: F.gelu(x.detach()),
         lambda x: F.gelu(x.half()),
         lambda x: torch.func.vmap(F.gelu)(x),
+        lambda x: torch.func.vmap(lambda w: F.gelu(x) * w)(torch.ones(2)),
+        lambda x: F.layer_norm(x[0, 0], [4], x[0, 1], x[0, 2]),
     ],
 )
 def test_other_calls_are_left_alone(call: Callable[[Tensor], Tensor]) -> None:
@@ -110,3 +112,46 @@ def test_checkpointed_model() -> None:
     kept, v = H.linearize(), _normal(H.shape[1])
     for _ in range(3):
         torch.testing.assert_close(kept @ v, H @ v)
+
+
+class _Force(nn.Module):
+    """The gradient of an energy with respect to its inputs, as networks for molecules have it."""
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Forces of a batch."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)[0]
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.SiLU(), nn.Mish(), nn.Tanh()], ids=lambda a: type(a).__name__)
+def test_models_that_differentiate(activation: nn.Module) -> None:
+    """Their Hessian asks for a third derivative, which the rules do not have."""
+    torch.manual_seed(0)
+    model, X, y = _Force(activation).double(), _normal(5, 3), _normal(5, 3, seed=1)
+    params = dict(model.named_parameters())
+    H = HessianLinearOperator(model, nn.MSELoss(), params, [(X, y)])
+
+    def loss(flat: Tensor) -> Tensor:
+        sizes = [p.numel() for p in params.values()]
+        parts = {k: part.view_as(p) for (k, p), part in zip(params.items(), flat.split(sizes), strict=True)}
+        return F.mse_loss(torch.func.functional_call(model, parts, (X,)), y)
+
+    flat = torch.cat([p.detach().flatten() for p in params.values()])
+    truth = torch.autograd.functional.hessian(loss, flat)
+    for operator in (H, H.linearize(), H.linearize(max_memory=0)):
+        torch.testing.assert_close(operator.to_dense(), truth)
+
+
+def test_models_that_differentiate_a_layer_norm_are_refused() -> None:
+    """PyTorch's third derivative of a layer norm is wrong."""
+    torch.manual_seed(0)
+    model = _Force(nn.Sequential(nn.LayerNorm(4), nn.Tanh())).double()
+    H = HessianLinearOperator(model, nn.MSELoss(), list(model.parameters()), [(_normal(5, 3), _normal(5, 3, seed=1))])
+    for operator in (H, H.linearize()):
+        with pytest.raises(NotImplementedError, match="NativeLayerNormBackwardBackward"):
+            operator @ _normal(H.shape[1])

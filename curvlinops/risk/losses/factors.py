@@ -22,6 +22,11 @@ class LossFactor(ABC):
         """S Sᵀ U for columns in the prediction's shape ``[*out, K]``."""
         return self._terms.from_rows(self._gram_rows(self._terms.to_rows(U)))
 
+    def held(self) -> Iterator[Tensor]:
+        """The tensors that it and its terms hold."""
+        values = (*vars(self).values(), *vars(self._terms).values())
+        yield from (value for value in values if isinstance(value, Tensor))
+
     def columns(self) -> Iterator[Tensor]:
         """The columns of S in the prediction's shape ``[*out]``, one of each datum at a time."""
         for column in self._column_rows():
