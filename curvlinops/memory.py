@@ -60,5 +60,5 @@ def checked_budget(max_memory: int | None, device: torch.device) -> int:
     if max_memory is None:
         return default_budget(device)
     if not isinstance(max_memory, int) or isinstance(max_memory, bool) or max_memory < 0:
-        raise ValueError(f"max_memory: expected a number of bytes of at least 0, got {max_memory!r}.")
+        raise ValueError(f"max_memory: expected bytes as an integer of at least 0, got {max_memory!r}.")
     return max_memory

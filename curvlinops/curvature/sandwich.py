@@ -125,8 +125,8 @@ def _factor_of(operator: SandwichLinearOperator, budget: int) -> FactorLinearOpe
         held += num_bytes(batches[-1].held(), apart_from=operator._params)
         if held > budget:
             raise MemoryError(
-                f"The columns of the first {len(batches)} mini-batches take {held / 2**30:.2g} GiB, more than "
-                f"max_memory={budget / 2**30:.2g} GiB. Use fewer data, or FisherMCLinearOperator, which has "
+                f"The columns of the first {len(batches)} mini-batches take {held / 2**20:.3g} MiB, more than "
+                f"max_memory, {budget / 2**20:.3g} MiB. Use fewer data, or FisherMCLinearOperator, which has "
                 "one column for each datum and sample."
             )
         return [(None, [torch.tensor(1.0 if len(batches) == 1 else 0.0)])]

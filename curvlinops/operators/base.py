@@ -201,6 +201,9 @@ class LinearOperator(ABC):
     def block(self, *patterns: str) -> LinearOperator:
         """The diagonal block of the parameters whose names match a pattern.
 
+        Cost: a product with the whole operator each. A curvature matrix that is built with these parameters alone is
+        the same matrix and costs less.
+
         Args:
             patterns: Names with shell wildcards, such as ``"layer3.*"``.
 

@@ -154,9 +154,9 @@ class IdentityLinearOperator(Diagonal):
     """The identity on tensors of the given shapes.
 
     Args:
-        shapes: Shapes of the tensors.
-        device: Their device.
-        dtype: Their dtype.
+        shapes: Shapes of the tensors, or a space: ``A.domain`` for the identity that goes with an operator A.
+        device: Their device; a space has its own.
+        dtype: Their dtype, likewise.
 
     >>> G = 0.5 * IdentityLinearOperator([(2, 3), (3,)], "cpu", torch.float32)
     >>> G.trace().item()
@@ -166,9 +166,17 @@ class IdentityLinearOperator(Diagonal):
     POSITIVE_SEMIDEFINITE = True
 
     def __init__(
-        self, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        shapes: Sequence[Sequence[int]] | Space,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__([torch.ones(tuple(shape), device=torch.device(device), dtype=dtype) for shape in shapes])
+        if not isinstance(shapes, Space):
+            sizes = tuple(tuple(shape) for shape in shapes)
+            super().__init__([torch.ones(size, device=torch.device(device), dtype=dtype) for size in sizes])
+            return
+        super().__init__([torch.ones(shape, device=shapes.device, dtype=shapes.dtype) for shape in shapes.shapes])
+        self._domain = self._codomain = shapes
 
 
 class BlockDiagonal(LinearOperator):

@@ -546,3 +546,10 @@ def test_no_columns() -> None:
     for c in (0.4, -0.4):
         A = LowRankLinearOperator(TensorLinearOperator(torch.zeros(4, 0)), c=c)
         assert_close(A.inverse().to_dense(), torch.eye(4) / c, "inverse", rtol=1e-6)
+
+
+def test_dampings_that_are_not_finite() -> None:
+    A = LowRankLinearOperator(TensorLinearOperator(torch.ones(3, 1)), c=1.0)
+    for change in (A.damped, A.inverse):
+        with pytest.raises(ValueError, match="finite number, got nan"):
+            change(float("nan"))

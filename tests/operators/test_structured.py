@@ -232,3 +232,11 @@ def test_closed_forms_are_only_where_they_exist() -> None:
     for B in (TensorLinearOperator(torch.eye(2)), Diagonal(torch.ones(2)), BlockDiagonal([Diagonal(torch.ones(2))])):
         for name in ("inverse", "logdet", "trace", "diagonal", "frobenius_norm"):
             assert hasattr(B, name)
+
+
+def test_the_identity_of_a_space() -> None:
+    """An identity is built from an operator's space as well, with its names."""
+    A = Diagonal({"weight": torch.full((2, 2), 3.0, dtype=torch.float64)})
+    identity = IdentityLinearOperator(A.domain)
+    assert identity.domain == A.domain
+    assert (A + 2.0 * identity).diagonal().tolist() == [5.0] * 4
