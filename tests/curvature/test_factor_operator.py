@@ -241,7 +241,7 @@ def test_other_models_cannot_be_added() -> None:
 @pytest.mark.parametrize("kind", FISHERS)
 def test_too_little_memory(kind: str) -> None:
     A = build(kind, mlp(), classes(RAGGED))
-    with pytest.raises(MemoryError, match=r"first 1 mini-batches.*max_memory=.*FisherMCLinearOperator"):
+    with pytest.raises(MemoryError, match=r"first 1 mini-batches.*max_memory, .* MiB.*FisherMCLinearOperator"):
         A.to_low_rank(max_memory=8)
     needed = sum(t.untyped_storage().nbytes() for b in A.to_low_rank().U._batches for t in b.held())
     assert A.to_low_rank(max_memory=needed).shape == A.shape
