@@ -22,7 +22,6 @@ from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.base import at_least_float32
 from curvlinops.risk.losses.factors import LossFactor
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
-from curvlinops.risk.verification import disagree
 
 
 class BatchFactor:
@@ -125,14 +124,16 @@ class BatchFactor:
 
     def gram(self, other: BatchFactor) -> Tensor:
         """Fᵀ F' ``[R, R']`` with another mini-batch, or the same mini-batch of another task."""
+        dtype, device = at_least_float32(self._columns).dtype, self._columns.device
+        total = torch.zeros(self.numel, other.numel, dtype=dtype, device=device)
+        if not total.numel():
+            return total
         here, there = set(self._layers.positions), set(other._layers.positions)
-        both = sorted(here & there) if self.numel and other.numel else []
+        both = sorted(here & there)
         left = sorted((here | there | {*self.uncovered, *other.uncovered}) - {*both})
-        device = self._columns.device
-        total = torch.zeros(self.numel, other.numel, dtype=at_least_float32(self._columns).dtype, device=device)
         if both:
             total = self._layers.gram(other._layers, both)
-        return total + self._gram_by_products(other, left) if left and total.numel() else total
+        return total + self._gram_by_products(other, left) if left else total
 
     def _gram_by_products(self, other: BatchFactor, positions: list[int]) -> Tensor:
         """The share of some parameters in the Gram matrix, by products with unit vectors."""
@@ -203,15 +204,11 @@ class _Rest:
 
     def _check(self) -> None:
         """Compare the two directions of what is kept, since the products that follow compare nothing."""
-        params = self._risk.model.params
-        generator = torch.Generator(self._risk.device).manual_seed(0)
-        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in params]
-        JV = self.push(V)
-        u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
-        if self._risk.engine.forward_mode and bool(disagree(u, JV, V, self.pull(u))):
+        self._linearization, disagrees = self._risk.compared(self._linearization, self._X)
+        if disagrees:
             self._risk.engine = Engine(forward_mode=False)
-            self._linearization = self._risk.linearize(self._X, Use(is_reused=True))
-            self.push(V)
+            anew = self._risk.linearize(self._X, Use(is_reused=True))
+            self._linearization, _ = self._risk.compared(anew, self._X)  # whose push is checked by a difference
 
     def push(self, V: list[Tensor]) -> Tensor:
         self._linearization, JV = self._risk.push(self._linearization, self._X, V)

@@ -24,16 +24,10 @@ class LowRankPart:
         self.U = U
         self.core = core
         self._spectrum: Spectrum | None = None
-        self._gram: Tensor | None = None
 
     def gram(self) -> Tensor:
-        """UᵀU in float64; kept where U holds its values."""
-        if self._gram is not None:
-            return self._gram
-        found = gram(self.U).double()
-        if self.U._holds_values:
-            self._gram = found
-        return found
+        """UᵀU in float64."""
+        return gram(self.U).double()
 
     def spectrum(self) -> Spectrum:
         """The spectrum, computed once; U must hold its values."""

@@ -56,19 +56,24 @@ class Derivatives:
             raise
 
     def _compare_directions(self, X: Any) -> None:
-        generator = torch.Generator(self.device).manual_seed(0)
-        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
         with preserved_random_state(None, self.device):
             try:
                 # A lean linearisation can be pulled back only once.
-                lin, JV = self.push(self.linearize(X, Use()), X, V)
+                _, disagrees = self.compared(self.linearize(X, Use()), X)
             except NoPushError:
                 return  # nothing to compare with
-            u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
-            if self.engine.forward_mode and bool(disagree(u, JV, V, lin.pull(u))):
+            if disagrees:
                 self.engine = Engine(forward_mode=False)
                 check_by_difference(self.model, X, self.linearize(X, Use()))
                 self.engine.verified |= {"differences", "directions"}
+
+    def compared(self, linearization: Linearization, X: Any) -> tuple[Linearization, bool]:
+        """Push a random vector; and whether forward mode, where it is the engine, disagrees with `pull` on it."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        V = [torch.randn(*p.shape, 1, dtype=p.dtype, device=p.device, generator=generator) for p in self.model.params]
+        linearization, JV = self.push(linearization, X, V)
+        u = torch.randn(JV.shape, dtype=JV.dtype, device=JV.device, generator=generator)
+        return linearization, self.engine.forward_mode and bool(disagree(u, JV, V, linearization.pull(u)))
 
     def linearize(self, X: Any, use: Use | None = None) -> Linearization:
         """The model at one mini-batch as push and pull; forward mode where the model has it."""

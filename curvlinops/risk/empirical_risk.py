@@ -151,7 +151,7 @@ class EmpiricalRisk(Derivatives):
 
     def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use) -> Pass:
         found = Pass.empty(shapes, self.model.params[0], use)
-        self._pass, is_through = found, False
+        self._pass = found
         try:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
                 batch_sum = begin()
@@ -160,17 +160,15 @@ class EmpiricalRisk(Derivatives):
                         self._add(found, batch, batch_sum)
                     except FloatingPointError as error:
                         raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
-        except Exception as error:
+        except BaseException as error:
+            if self.keeper is not None:
+                self.keeper.drop()
             # The other ranks wait for this one, so the error travels with the sums.
-            if self.process_group is None:
+            if self.process_group is None or not isinstance(error, Exception):
                 raise
             found.error = error
-        else:
-            is_through = True
         finally:
             self._pass = None
-            if not is_through and self.keeper is not None:
-                self.keeper.drop()
         return found
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import grad
 
-from curvlinops.risk.layers.dense import LinearPart
+from curvlinops.risk.layers.dense import DirectPart, LinearPart
 from curvlinops.risk.layers.notes import ConvolutionUse, Layout
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, Part, gram_of_gradients, slices, summed_gradients
 from curvlinops.risk.layers.proofs import CompleteNotes, Proofs, RowMeasurement, complete_notes
@@ -240,14 +240,12 @@ class LayerFactors:
 
     def _biases(self, positions: Sequence[int]) -> dict[int, int]:
         """The position of the bias of each layer whose bias has the same output gradients as its weight."""
+        alone = {i: self._parts[i][0] for i in positions if len(self._parts[i]) == 1}
+        at = {part.h.data_ptr(): j for j, part in alone.items() if isinstance(part, DirectPart)}
         found: dict[int, int] = {}
-        for i in positions:
-            weight = self._parts[i][0]
-            if len(self._parts[i]) == 1 and isinstance(weight, LinearPart):
-                left = (j for j in positions if len(self._parts[j]) == 1 and j not in found.values())
-                bias = next((j for j in left if weight.has_bias(self._parts[j][0])), None)
-                if bias is not None:
-                    found[i] = bias
+        for i, part in alone.items():
+            if isinstance(part, LinearPart) and part.g.data_ptr() in at and part.has_bias(alone[at[part.g.data_ptr()]]):
+                found[i] = at.pop(part.g.data_ptr())  # which is the bias of one layer only
         return found
 
     def _with_biases(self, biases: Mapping[int, int]) -> dict[int, list[Part]]:
