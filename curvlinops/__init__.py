@@ -7,6 +7,11 @@ from curvlinops.curvature.ggn import GGNLinearOperator
 from curvlinops.curvature.gradient_moments import EFLinearOperator
 from curvlinops.curvature.hessian import HessianLinearOperator
 from curvlinops.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvlinops.estimators.blocks import block_traces
+from curvlinops.estimators.estimate import Estimate, EstimateWithError
+from curvlinops.estimators.hutchinson import hutchinson_diag, hutchinson_squared_fro, hutchinson_trace
+from curvlinops.estimators.hutchpp import hutchpp_trace
+from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.exact import exact_diagonal, exact_trace
@@ -15,29 +20,61 @@ from curvlinops.operators.parts import SubmatrixLinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import BlockDiagonal, Diagonal, IdentityLinearOperator
 from curvlinops.risk.determinism import DeterminismError
-from curvlinops.solvers.inverse import CGInverseLinearOperator, ConvergenceWarning
+from curvlinops.solvers.automatic import InverseLinearOperator
+from curvlinops.solvers.damping_path import DampingPath, damping_path
+from curvlinops.solvers.eigen import Eigenpairs, eigsh
+from curvlinops.solvers.info import ConvergenceWarning, LeastSquaresInfo, SolveInfo
+from curvlinops.solvers.inverse import CGInverseLinearOperator, MINRESInverseLinearOperator
+from curvlinops.solvers.least_squares import LSMRInverseLinearOperator
+from curvlinops.solvers.neumann import NeumannInverseLinearOperator
+from curvlinops.solvers.preconditioners import NystromPreconditioner, jacobi_preconditioner
+from curvlinops.solvers.singular import SingularTriplets, svds
 
 __all__ = [
     "BlockDiagonal",
     "CGInverseLinearOperator",
     "ConvergenceWarning",
     "CurvatureLinearOperator",
+    "DampingPath",
     "DeterminismError",
     "Diagonal",
     "EFDiagonalLinearOperator",
     "EFLinearOperator",
+    "Eigenpairs",
+    "Estimate",
+    "EstimateWithError",
     "FisherMCLinearOperator",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
     "IdentityLinearOperator",
+    "InverseLinearOperator",
     "JacobianLinearOperator",
+    "LSMRInverseLinearOperator",
+    "LeastSquaresInfo",
     "LinearOperator",
     "LowRankLinearOperator",
+    "MINRESInverseLinearOperator",
+    "NeumannInverseLinearOperator",
+    "NystromPreconditioner",
+    "SingularTriplets",
+    "SolveInfo",
     "Space",
     "SubmatrixLinearOperator",
     "TensorLinearOperator",
     "TransposedJacobianLinearOperator",
+    "block_traces",
+    "damping_path",
+    "eigsh",
     "exact_diagonal",
     "exact_trace",
+    "hutchinson_diag",
+    "hutchinson_squared_fro",
+    "hutchinson_trace",
+    "hutchpp_trace",
+    "jacobi_preconditioner",
+    "svds",
+    "xdiag",
+    "xnystrace",
+    "xtrace",
 ]

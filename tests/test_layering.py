@@ -17,7 +17,7 @@ ALLOWED: dict[str, set[str]] = {
     "operators": {"memory"},
     "risk": {"memory"},
     "curvature": {"memory", "operators", "risk"},
-    "solvers": {"operators"},
+    "solvers": {"memory", "operators"},
     "estimators": {"operators", "solvers"},
     "applications": {"public"},
     # Modules beside the rooms: they stand above all of them, and no room may import them.

@@ -1,5 +1,6 @@
 """Names, argument orders and defaults that existing scripts rely on, and the documentation of the public names."""
 
+import dataclasses
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -35,10 +36,31 @@ CURVATURE: dict[str, dict[str, Any]] = {
     "JacobianLinearOperator": JACOBIAN,
     "TransposedJacobianLinearOperator": JACOBIAN,
 }
+ESTIMATOR: dict[str, Any] = {"A": REQUIRED, "num_matvecs": REQUIRED, "distribution": "rademacher"}
 OTHERS: dict[str, dict[str, Any]] = {
     "CGInverseLinearOperator": {"A": REQUIRED},
     "LowRankLinearOperator": {"U": REQUIRED, "s": None, "c": 0.0},
     "SubmatrixLinearOperator": {"A": REQUIRED, "row_idxs": REQUIRED, "col_idxs": REQUIRED},
+    "LSMRInverseLinearOperator": {
+        "A": REQUIRED,
+        "damp": 0.0,
+        "atol": 1e-6,
+        "btol": 1e-6,
+        "conlim": 1e8,
+        "maxiter": None,
+        "show": False,
+        "x0": None,
+    },
+    "NeumannInverseLinearOperator": {
+        "A": REQUIRED,
+        "num_terms": 100,
+        "scale": 1.0,
+        "check_nan": True,
+        "preconditioner": None,
+    },
+    **dict.fromkeys(("hutchinson_trace", "hutchpp_trace", "xtrace"), ESTIMATOR),
+    **dict.fromkeys(("hutchinson_diag", "hutchinson_squared_fro"), ESTIMATOR),
+    "xdiag": {"A": REQUIRED, "num_matvecs": REQUIRED},
     "examples.IdentityLinearOperator": {"shapes": REQUIRED, "device": ..., "dtype": ...},
     "examples.TensorLinearOperator": {"A": REQUIRED},
     "examples.OuterProductLinearOperator": {"c": REQUIRED, "A": REQUIRED},
@@ -144,6 +166,13 @@ def is_exception(found: Any) -> bool:
     return inspect.isclass(found) and issubclass(found, BaseException)
 
 
+def result_fields(found: Any) -> list[str] | None:
+    """The fields of a class that results come in; ``None`` for any other."""
+    if dataclasses.is_dataclass(found) and found.__eq__ is object.__eq__:
+        return [field.name for field in dataclasses.fields(found)]
+    return list(found._fields) if inspect.isclass(found) and issubclass(found, tuple) else None
+
+
 @pytest.mark.parametrize("name", DOCUMENTED)
 def test_docstrings(name: str) -> None:
     """One sentence first; the arguments by name; a doctest."""
@@ -153,6 +182,10 @@ def test_docstrings(name: str) -> None:
     first = inspect.cleandoc(text).split("\n\n")[0]
     assert first.endswith((".", ".`")), f"{name}: the first line is no sentence: {first}"
     if is_exception(found):
+        return
+    fields = result_fields(found)
+    if fields is not None:
+        assert all(f"{field}:" in text for field in fields), f"{name}: {fields}"
         return
     constructor = found.__init__ if inspect.isclass(found) else found
     for parameter in inspect.signature(constructor).parameters.values():
@@ -174,7 +207,7 @@ def public_members(cls: type) -> Iterator[tuple[str, Any]]:
 @pytest.mark.parametrize("name", [n for n in DOCUMENTED if inspect.isclass(public(n)) and not is_exception(public(n))])
 def test_methods_have_docstrings_and_types(name: str) -> None:
     members = list(public_members(public(name)))
-    assert members
+    assert members or result_fields(public(name)) is not None
     for member_name, member in members:
         assert inspect.getdoc(member), f"{name}.{member_name} has no docstring"
         function = member.fget if isinstance(member, property) else member

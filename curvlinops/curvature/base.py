@@ -15,8 +15,8 @@ from curvlinops.curvature.cost import Cost, Units, cost_of
 from curvlinops.memory import checked_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.risk.collective import raise_together
-from curvlinops.risk.columns import Piece, column_by_column, gathered, in_chunks
+from curvlinops.risk.collective import agreed, raise_together
+from curvlinops.risk.columns import Piece, checked_chunk_size, column_by_column, gathered, in_chunks
 from curvlinops.risk.determinism import check_deterministic as run_determinism_check
 from curvlinops.risk.empirical_risk import BatchSum, EmpiricalRisk
 from curvlinops.risk.keeping import Keeper
@@ -105,7 +105,7 @@ class CurvatureLinearOperator(LinearOperator):
     ) -> None:
         self._model_func = model_func
         self._loss_func = loss_func
-        self._chunk_size = _checked_chunk_size(chunk_size)
+        self._chunk_size = checked_chunk_size(chunk_size)
         if process_group is not None and not self._IS_SUM:
             raise NotImplementedError(
                 f"{type(self).__name__} stacks data instead of summing over them: process_group is not supported."
@@ -266,6 +266,9 @@ class CurvatureLinearOperator(LinearOperator):
     def _holds_values(self) -> bool:
         return self._is_frozen
 
+    def _agreed(self, flag: bool) -> bool:
+        return agreed(flag, self.device, self._risk.process_group)
+
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> Self:
         """The same matrix, frozen, whose per-batch products are kept so that further ones cost less.
 
@@ -339,11 +342,3 @@ class CurvatureLinearOperator(LinearOperator):
     def _repr_extra(self) -> str:
         frozen = ", frozen" if self._is_frozen else ""
         return frozen if self._risk.keeper is None else f"{frozen}, linearised: {self._risk.keeper.describe()}"
-
-
-def _checked_chunk_size(chunk_size: int | str) -> int | None:
-    if chunk_size == "auto":
-        return None
-    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
-        raise ValueError(f"chunk_size: expected 'auto' or a positive number of columns, got {chunk_size!r}.")
-    return chunk_size

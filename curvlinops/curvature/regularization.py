@@ -18,6 +18,10 @@ class L2Regularized(CurvatureLinearOperator):
         if self._l2 < 0:
             self.POSITIVE_SEMIDEFINITE = False
 
+    @property
+    def _is_definite(self) -> bool:
+        return self.POSITIVE_SEMIDEFINITE and self._l2 > 0
+
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         result = super()._matmat(X)
         return [r.add(x, alpha=self._l2) for r, x in zip(result, X, strict=True)] if self._l2 else result

@@ -86,6 +86,13 @@ class Reshaped(LinearOperator):
     def _holds_values(self) -> bool:
         return self.operator._holds_values
 
+    @property
+    def _is_definite(self) -> bool:
+        return self.operator._is_definite
+
+    def _agreed(self, flag: bool) -> bool:
+        return self.operator._agreed(flag)
+
 
 def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOperator:
     """The operator on the given spaces, which have its sizes: itself when the shapes already agree."""
@@ -135,6 +142,14 @@ class Node(LinearOperator):
     def _holds_values(self) -> bool:
         return all(operator._holds_values for operator in self._inside())
 
+    def _agreed(self, flag: bool) -> bool:
+        return agreed(self._inside(), flag)
+
+
+def agreed(operators: Sequence[LinearOperator], flag: bool) -> bool:
+    """Whether a flag is set on any rank of any of the operators; all of them are asked, on every rank."""
+    return any([operator._agreed(flag) for operator in operators])
+
 
 class Sum(Node):
     """The sum of operators on one space."""
@@ -148,6 +163,10 @@ class Sum(Node):
         self.terms = [adopt(term, domain, codomain) for term in terms]
         self.SELF_ADJOINT = all(term.SELF_ADJOINT for term in terms)
         self.POSITIVE_SEMIDEFINITE = all(term.POSITIVE_SEMIDEFINITE for term in terms)
+
+    @property
+    def _is_definite(self) -> bool:
+        return self.POSITIVE_SEMIDEFINITE and any(term._is_definite for term in self.terms)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return _accumulate(term._matmat(X) for term in self.terms)
@@ -183,6 +202,10 @@ class Scaled(Node):
         self.factor = factor
         self.SELF_ADJOINT = operator.SELF_ADJOINT
         self.POSITIVE_SEMIDEFINITE = operator.POSITIVE_SEMIDEFINITE and factor >= 0
+
+    @property
+    def _is_definite(self) -> bool:
+        return self.factor > 0 and self.operator._is_definite
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [t * self.factor for t in self.operator._matmat(X)]

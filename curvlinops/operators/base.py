@@ -96,6 +96,15 @@ class LinearOperator(ABC):
         """Whether nothing that others hold can change it: true of what :meth:`frozen` returns."""
         return True
 
+    @property
+    def _is_definite(self) -> bool:
+        """Whether all its eigenvalues are known to be positive."""
+        return False
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether a flag is set on any of the ranks that the products are summed over, which must act alike."""
+        return flag
+
     # ------------------------------------------------------------------- derived
 
     @property

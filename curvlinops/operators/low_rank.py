@@ -108,6 +108,10 @@ class LowRankLinearOperator(LinearOperator):
     def _holds_values(self) -> bool:
         return self.U._holds_values
 
+    @property
+    def _is_definite(self) -> bool:
+        return self.POSITIVE_SEMIDEFINITE and self.c > 0
+
     def _over(self, U: LinearOperator) -> LowRankLinearOperator:
         if U is self.U:
             return self

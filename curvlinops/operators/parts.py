@@ -38,6 +38,10 @@ class Block(Node):
         result = self.operator._rmatmat(self._padded(X))
         return [result[i] for i in self.chosen]
 
+    @property
+    def _is_definite(self) -> bool:
+        return self.operator._is_definite
+
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return Block(change(self.operator), self.chosen)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops.operators.algebra import linearized, shared_memory
+from curvlinops.operators.algebra import agreed, linearized, shared_memory
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 
@@ -66,6 +66,10 @@ class Diagonal(LinearOperator):
     @property
     def _holds_values(self) -> bool:
         return self._owns_entries
+
+    @property
+    def _is_definite(self) -> bool:
+        return self.POSITIVE_SEMIDEFINITE and all(bool((entry > 0).all()) for entry in self._entries)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [entry.unsqueeze(-1) * x for entry, x in zip(self._entries, X, strict=True)]
@@ -255,6 +259,13 @@ class BlockDiagonal(LinearOperator):
     @property
     def _holds_values(self) -> bool:
         return all(block._holds_values for block in self.blocks)
+
+    @property
+    def _is_definite(self) -> bool:
+        return all(block._is_definite for block in self.blocks)
+
+    def _agreed(self, flag: bool) -> bool:
+        return agreed(self.blocks, flag)
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> BlockDiagonal:
         """The same operator with linearised blocks."""

@@ -48,10 +48,16 @@ def all_reduced(found: Pass, disagrees: bool, process_group: ProcessGroup | None
 
 def raise_together(error: Exception | None, device: torch.device, process_group: ProcessGroup | None) -> None:
     """Raise an error on all ranks if there is one on any."""
-    if process_group is not None:
-        flag = torch.tensor([float(error is not None)], device=device)
-        dist.all_reduce(flag, group=process_group)
-        if flag.item() > 0 and error is None:
-            error = RuntimeError("Another rank of the process group failed in its checks; its own error says why.")
+    if agreed(error is not None, device, process_group) and error is None:
+        error = RuntimeError("Another rank of the process group failed in its checks; its own error says why.")
     if error is not None:
         raise error
+
+
+def agreed(flag: bool, device: torch.device, process_group: ProcessGroup | None) -> bool:
+    """Whether a flag is set on any rank."""
+    if process_group is None:
+        return flag
+    number = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(number, group=process_group)
+    return number.item() > 0

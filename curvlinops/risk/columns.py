@@ -62,3 +62,11 @@ def _transposed(m: Tensor) -> Tensor:
     # PyTorch transposes matrices in blocks that fit into the cache, and tensors of more axes entry by entry.
     rows = m.reshape(-1, m.shape[-1]) if m.is_contiguous() else m.movedim(-1, 0).flatten(1).T
     return rows.T.contiguous().view(m.shape[-1], *m.shape[:-1]).movedim(0, -1)
+
+def checked_chunk_size(chunk_size: int | str) -> int | None:
+    """Columns a chunk as the user wants them; ``None`` for what suits the model."""
+    if chunk_size == "auto":
+        return None
+    if not isinstance(chunk_size, int) or isinstance(chunk_size, bool) or chunk_size < 1:
+        raise ValueError(f"chunk_size: expected 'auto' or a positive number of columns, got {chunk_size!r}.")
+    return chunk_size

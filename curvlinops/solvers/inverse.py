@@ -1,32 +1,135 @@
-"""Inverses as operators: a matrix paired with an algorithm, which keeps what it did in `info`."""
+"""Inverses as operators: a symmetric matrix paired with an algorithm, which keeps what it did in `info`."""
 
 from __future__ import annotations
 
-import warnings
+import copy
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.krylov import Product, SolveInfo, conjugate_gradients
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.info import SolveInfo, warn_of_convergence
+from curvlinops.solvers.krylov.cg import ConjugateGradients
+from curvlinops.solvers.krylov.minres import MinimalResiduals
+from curvlinops.solvers.krylov.solve import Run, Solve
+from curvlinops.solvers.options import Preconditioner, SolveOptions, Start
+from curvlinops.solvers.watch import Limits, Progress, Watch
 
-Preconditioner = LinearOperator | Callable[[Tensor], Tensor]
+
+def check_self_adjoint(A: Any, method: str) -> None:
+    """Refuse what a method for symmetric matrices cannot solve with."""
+    if not isinstance(A, LinearOperator):
+        raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
+    A._require_square(method)
+    if not A.SELF_ADJOINT:
+        raise ValueError(
+            f"{method} needs a self-adjoint operator: solve with A.H @ A instead, or use LSMRInverseLinearOperator."
+        )
 
 
-class ConvergenceWarning(UserWarning):
-    """A solve ended before its tolerance was reached."""
+class IterativeInverse(LinearOperator):
+    """The inverse of a self-adjoint operator by runs of a Krylov method.
+
+    Args:
+        A: The operator, self-adjoint.
+
+    Attributes:
+        info: What the last solve did; ``None`` before the first.
+    """
+
+    SELF_ADJOINT = True
+    #: How messages call the method, and its recurrences.
+    _METHOD: ClassVar[str]
+    _RUN: ClassVar[type[Run]]
+
+    _options: SolveOptions
+    _start: Start
+
+    def __init__(self, A: LinearOperator) -> None:
+        super().__init__(A.codomain, A.domain)
+        self._A = A
+        self.info: SolveInfo | None = None
+        self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        B = Space.merge(X).to(working_dtype(self.dtype))
+        options, A = self._options, prepared(self._A)
+        first = self._start.first(self.codomain, B.shape[1])
+        eps = torch.finfo(self.dtype).eps
+        with Watch(options.limits, A, self._METHOD, options.max_iter) as watch:
+            product = watch.counted(flat_product(A, self.dtype))
+            begin = partial(self._RUN, product, self._preconditioning())
+            solve = Solve(begin, product, B, first, options.rtol, options.max_iter, eps, watch)
+            try:
+                solution = self._start.remember(solve.run())
+            except KeyboardInterrupt:
+                self.info = solve.info
+                raise
+        self.info = solve.info
+        self._report(self.info)
+        return self.codomain.split(solution.to(self.dtype))
+
+    def _preconditioning(self) -> Callable[[Tensor], Tensor] | None:
+        preconditioner = self._options.preconditioner
+        if isinstance(preconditioner, LinearOperator):
+            preconditioner = prepared(preconditioner)
+        return None if preconditioner is None else flat_product(preconditioner, self.dtype, "preconditioner")
+
+    def _report(self, info: SolveInfo) -> None:
+        """Raise on a breakdown, warn of what did not converge."""
+        raise NotImplementedError
+
+    def _warn(self, info: SolveInfo, what_happened: str, advice: str) -> None:
+        failed = (~info.converged).nonzero().flatten()
+        if not len(failed):
+            return
+        worst = info.residual_norm[failed].max()
+        ended = f" It was ended by {info.ended_by}." if info.ended_by else ""
+        floor = info.attainable[failed]
+        if bool((info.residual_norm[failed] <= 30 * floor).any()):
+            ended += f" The precision of {self.dtype} allows about {float(floor.max()):.1g} here: use float64."
+        warn_of_convergence(
+            f"{self._METHOD} did not reach the relative residual {self._options.rtol:.2g} in {len(failed)} of "
+            f"{len(info.converged)} columns: the largest is {worst:.2g} after {int(info.num_iterations.max())} "
+            f"iterations{what_happened}.{ended} {advice}"
+        )
+
+    @property
+    def _is_definite(self) -> bool:
+        return self._A._is_definite
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._A._holds_values and self._options.holds_values
+
+    def _agreed(self, flag: bool) -> bool:
+        return self._A._agreed(flag)
+
+    def frozen(self) -> Self:
+        """The inverse of the frozen operator, with the same options."""
+        if self._holds_values:
+            return self
+        result = copy.copy(self)
+        result._A, result._options = self._A.frozen(), self._options.frozen()
+        return result
+
+    def _repr_extra(self) -> str:
+        return f", of {type(self._A).__name__}"
 
 
-class CGInverseLinearOperator(LinearOperator):
+class CGInverseLinearOperator(IterativeInverse):
     r"""The inverse :math:`A^{-1}` of a symmetric positive definite operator, by conjugate gradients.
 
     All columns are solved together, each stops on its own. Residuals are recomputed from :math:`b - A x`; a column
     that stops early says so by a warning and in :attr:`info`.
 
-    **Cost**: one product with A an iteration, over the columns that are still open; four vectors a column.
+    **Cost**: one product with A an iteration, over the columns that are still open, and one that verifies; four vectors
+    a column.
 
     **Reference**: Hestenes, Stiefel (1952), Methods of conjugate gradients for solving linear systems,
     doi:10.6028/jres.049.044.
@@ -43,9 +146,15 @@ class CGInverseLinearOperator(LinearOperator):
         tolerance: Other spelling of ``rtol``.
         eps: Accepted for scripts that pass it; has no effect.
         max_tridiag_iter: Accepted for scripts that pass it; has no effect.
+        warm_start: Whether to begin from the last solution, where it has as many columns.
+        max_matvecs: Products at most, each column counted, those that verify included.
+        max_seconds: Wall-clock time after which no iteration begins.
+        progressbar: Whether to show a progress bar.
+        callback: Called with a ``Progress`` (``num_iterations``, ``num_matvecs``, ``residual_norm``) after each
+            iteration.
 
     Attributes:
-        info: Of the last solve: ``num_iterations``, ``residual_norm``, ``converged``, ``breakdown``, each ``[K]``.
+        info: A :class:`SolveInfo` of the last solve. After Ctrl-C it holds the best iterate, as ``info.solution``.
 
     Raises:
         ValueError: If A is not self-adjoint, or an option is out of range.
@@ -60,7 +169,8 @@ class CGInverseLinearOperator(LinearOperator):
     [True]
     """
 
-    SELF_ADJOINT = True
+    _METHOD = "Conjugate gradients"
+    _RUN = ConjugateGradients
 
     def __init__(
         self,
@@ -74,16 +184,14 @@ class CGInverseLinearOperator(LinearOperator):
         tolerance: float | None = None,
         eps: float | None = None,
         max_tridiag_iter: int | None = None,
+        warm_start: bool = False,
+        max_matvecs: int | None = None,
+        max_seconds: float | None = None,
+        progressbar: bool = False,
+        callback: Callable[[Progress], Any] | None = None,
     ) -> None:
-        if not isinstance(A, LinearOperator):
-            raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
-        A._require_square("CGInverseLinearOperator")
-        if not A.SELF_ADJOINT:
-            raise ValueError("Conjugate gradients need a self-adjoint operator: solve with A.H @ A instead.")
-        super().__init__(A.codomain, A.domain)
-        self._A = A
-        self.info: SolveInfo | None = None
-        self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE
+        check_self_adjoint(A, self._METHOD)
+        super().__init__(A)
         self.set_cg_hyperparameters(
             rtol,
             max_iter,
@@ -91,8 +199,11 @@ class CGInverseLinearOperator(LinearOperator):
             x0,
             on_breakdown=on_breakdown,
             tolerance=tolerance,
-            eps=eps,
-            max_tridiag_iter=max_tridiag_iter,
+            warm_start=warm_start,
+            max_matvecs=max_matvecs,
+            max_seconds=max_seconds,
+            progressbar=progressbar,
+            callback=callback,
         )
 
     def set_cg_hyperparameters(
@@ -106,74 +217,22 @@ class CGInverseLinearOperator(LinearOperator):
         tolerance: float | None = None,
         eps: float | None = None,
         max_tridiag_iter: int | None = None,
+        warm_start: bool = False,
+        max_matvecs: int | None = None,
+        max_seconds: float | None = None,
+        progressbar: bool = False,
+        callback: Callable[[Progress], Any] | None = None,
     ) -> None:
         """Set all options anew; what is not given takes its default. See the class for their meaning."""
         if rtol is not None and tolerance is not None:
             raise ValueError("rtol and tolerance are two spellings of one option: pass one of them.")
         rtol = tolerance if rtol is None else rtol
-        default = 1e-8 if self.dtype == torch.float64 else 1e-5
-        rtol = default if rtol is None else float(rtol)
-        if not 0 <= rtol < 1:
-            raise ValueError(f"rtol: expected a number in [0, 1), got {rtol}.")
-        most = min(10 * self.shape[0], 1000) if max_iter is None else int(max_iter)
-        if most < 1:
-            raise ValueError(f"max_iter: expected at least 1, got {max_iter}.")
         if on_breakdown not in (None, "raise", "stop"):
             raise ValueError(f"on_breakdown: expected 'raise' or 'stop', got {on_breakdown!r}.")
-        if (
-            preconditioner is not None
-            and not callable(preconditioner)
-            and not isinstance(preconditioner, LinearOperator)
-        ):
-            raise TypeError(f"preconditioner: expected an operator or a function, got {type(preconditioner).__name__}.")
-        if isinstance(preconditioner, LinearOperator) and preconditioner.shape != self.shape:
-            raise ValueError(f"preconditioner: expected shape {self.shape}, got {preconditioner.shape}.")
-        self._rtol, self._max_iter = rtol, most
-        self._preconditioner = preconditioner
+        limits = Limits(max_matvecs, max_seconds, progressbar, callback)
+        self._options = SolveOptions.checked(self._A, rtol, max_iter, preconditioner, limits)
+        self._start = Start(x0, warm_start)
         self._on_breakdown = on_breakdown
-        self._x0 = x0
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        B = Space.merge(X)
-        # Half precision cannot hold the recurrences; only the products are made in it.
-        work = torch.float32 if self.dtype in (torch.bfloat16, torch.float16) else self.dtype
-        A = _prepared(self._A)
-        solution, self.info = conjugate_gradients(
-            self._product("A", A, work),
-            B.to(work),
-            self._first_iterate(B.shape[1], work),
-            self._preconditioning(work),
-            self._rtol,
-            self._max_iter,
-        )
-        self._report(self.info)
-        return self.codomain.split(solution.to(self.dtype))
-
-    def _preconditioning(self, work: torch.dtype) -> Product | None:
-        preconditioner = self._preconditioner
-        if isinstance(preconditioner, LinearOperator):
-            preconditioner = _prepared(preconditioner)
-        return None if preconditioner is None else self._product("preconditioner", preconditioner, work)
-
-    def _product(self, name: str, factor: Preconditioner, work: torch.dtype) -> Product:
-        multiply = factor.__matmul__ if isinstance(factor, LinearOperator) else factor
-
-        def product(X: Tensor) -> Tensor:
-            result: Tensor = multiply(X.to(self.dtype))
-            if not isinstance(result, Tensor) or result.shape != X.shape:
-                got = list(result.shape) if isinstance(result, Tensor) else type(result).__name__
-                raise ValueError(f"{name}: expected a tensor of shape {list(X.shape)}, got {got}.")
-            return result.to(work)
-
-        return product
-
-    def _first_iterate(self, num_columns: int, work: torch.dtype) -> Tensor | None:
-        if self._x0 is None:
-            return None
-        X = Space.merge(self.codomain.read(self._x0)[0]).to(work)
-        if X.shape[1] not in (1, num_columns):
-            raise ValueError(f"x0: expected 1 or {num_columns} columns, got {X.shape[1]}.")
-        return X.expand(-1, num_columns)
 
     def _report(self, info: SolveInfo) -> None:
         broken = info.breakdown.nonzero().flatten().tolist()
@@ -182,39 +241,86 @@ class CGInverseLinearOperator(LinearOperator):
             raise RuntimeError(
                 f"Conjugate gradients met a direction of negative curvature in column {broken[0]} (relative residual "
                 f"{info.residual_norm[broken[0]]:.2g}): the operator or the preconditioner is not positive definite. "
-                "Add damping, or pass on_breakdown='stop'."
+                "Add damping, use MINRESInverseLinearOperator, or pass on_breakdown='stop'."
             )
-        failed = (~info.converged).nonzero().flatten().tolist()
-        if failed:
-            worst = info.residual_norm[failed].max()
-            warnings.warn(
-                f"Conjugate gradients did not reach the relative residual {self._rtol:.2g} in {len(failed)} of "
-                f"{len(info.converged)} columns: the largest is {worst:.2g} after {int(info.num_iterations.max())} "
-                f"iterations{', with negative curvature met' if broken else ''}. Add damping if the operator may be "
-                "singular; otherwise raise max_iter, or use a preconditioner.",
-                ConvergenceWarning,
-                stacklevel=5,
+        self._warn(
+            info,
+            ", with negative curvature met" if broken else "",
+            "Add damping if the operator may be singular; otherwise raise max_iter, or use a preconditioner.",
+        )
+
+
+class MINRESInverseLinearOperator(IterativeInverse):
+    r"""The inverse :math:`A^{-1}` of a symmetric operator that may be indefinite, by minimal residuals.
+
+    For Hessians, and for positive matrices where the residual rather than the error should fall with each step. A
+    singular matrix is solved with as far as the right-hand side lies in its range; what is left is told by the
+    residual. All columns are solved together, each stops on its own.
+
+    **Cost**: one product with A an iteration, over the columns that are still open, and one that verifies; eight
+    vectors a column.
+
+    **Reference**: Paige, Saunders (1975), Solution of sparse indefinite systems of linear equations,
+    doi:10.1137/0712047.
+
+    Args:
+        A: The operator, self-adjoint.
+        rtol: Relative residual ‖b - A x‖ / ‖b‖ at which a column stops; by default 1e-5 in float32 and below, 1e-8 in
+            float64.
+        max_iter: Iterations at most; by default ten times the dimension, but at most 1000.
+        preconditioner: Operator, or function of ``[D, K]``; symmetric positive definite, also where A is not.
+        x0: First iterate, in any format.
+        warm_start: Whether to begin from the last solution, where it has as many columns.
+        max_matvecs: Products at most, each column counted, those that verify included.
+        max_seconds: Wall-clock time after which no iteration begins.
+        progressbar: Whether to show a progress bar.
+        callback: Called with a ``Progress`` after each iteration.
+
+    Attributes:
+        info: A :class:`SolveInfo` of the last solve. After Ctrl-C it holds the best iterate, as ``info.solution``.
+
+    Raises:
+        ValueError: If A is not self-adjoint, or an option is out of range.
+        RuntimeError: If the preconditioner is not positive definite, or a product is not finite.
+
+    >>> from curvlinops import TensorLinearOperator
+    >>> A = TensorLinearOperator(torch.tensor([[2.0, 0.0], [0.0, -4.0]]))
+    >>> [round(x, 4) for x in (MINRESInverseLinearOperator(A) @ torch.ones(2)).tolist()]
+    [0.5, -0.25]
+    """
+
+    _METHOD = "MINRES"
+    _RUN = MinimalResiduals
+
+    def __init__(
+        self,
+        A: LinearOperator,
+        rtol: float | None = None,
+        max_iter: int | None = None,
+        preconditioner: Preconditioner | None = None,
+        x0: Any = None,
+        *,
+        warm_start: bool = False,
+        max_matvecs: int | None = None,
+        max_seconds: float | None = None,
+        progressbar: bool = False,
+        callback: Callable[[Progress], Any] | None = None,
+    ) -> None:
+        check_self_adjoint(A, self._METHOD)
+        limits = Limits(max_matvecs, max_seconds, progressbar, callback)
+        super().__init__(A)
+        self._options = SolveOptions.checked(A, rtol, max_iter, preconditioner, limits)
+        self._start = Start(x0, warm_start)
+
+    def _report(self, info: SolveInfo) -> None:
+        broken = info.breakdown.nonzero().flatten().tolist()
+        if broken:
+            raise RuntimeError(
+                f"MINRES broke down in column {broken[0]}: the preconditioner is not positive definite, or a product "
+                "is not finite."
             )
-
-    @property
-    def _holds_values(self) -> bool:
-        inside = [o for o in (self._A, self._preconditioner) if isinstance(o, LinearOperator)]
-        return all(operator._holds_values for operator in inside)
-
-    def frozen(self) -> CGInverseLinearOperator:
-        """The inverse of the frozen operator, with the same options."""
-        if self._holds_values:
-            return self
-        preconditioner = self._preconditioner
-        if isinstance(preconditioner, LinearOperator):
-            preconditioner = preconditioner.frozen()
-        options = (self._rtol, self._max_iter, preconditioner, self._x0)
-        return CGInverseLinearOperator(self._A.frozen(), *options, on_breakdown=self._on_breakdown)
-
-
-def _prepared(operator: LinearOperator) -> LinearOperator:
-    """The operator ready for many products; itself where its model cannot be frozen (it closes over its parameters)."""
-    try:
-        return operator.linearize()
-    except NotImplementedError:
-        return operator
+        self._warn(
+            info,
+            "",
+            "A singular operator leaves what it cannot reach; otherwise raise max_iter, or use a preconditioner.",
+        )

@@ -1,11 +1,13 @@
 """Positive definite systems of known condition, and conjugate gradients as the textbook has them."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from curvlinops import Diagonal, LinearOperator, Space
+from curvlinops import ConvergenceWarning, Diagonal, LinearOperator, Space
 
 CPU = torch.device("cpu")
 
@@ -72,3 +74,36 @@ def relative_residual(A: Tensor, x: Tensor, b: Tensor) -> Tensor:
 def jacobi(matrix: Tensor) -> Diagonal:
     """The inverse of the matrix's diagonal, a preconditioner."""
     return Diagonal(1 / matrix.diagonal())
+
+
+class CountingMatrix(LinearOperator):
+    """Any matrix on flat vectors that counts the columns that it and its transpose multiply."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        rows, columns = matrix.shape
+        super().__init__(Space.flat(columns, matrix.dtype, CPU), Space.flat(rows, matrix.dtype, CPU))
+        self.SELF_ADJOINT = rows == columns and torch.equal(matrix, matrix.T)
+        self.matrix, self.count = matrix, 0
+
+    def _multiplied(self, M: Tensor, X: Tensor) -> list[Tensor]:
+        self.count += X.shape[1]
+        assert self.count < 200_000, "the solver does not end"
+        return [M @ X]
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self._multiplied(self.matrix, X[0])
+
+    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self._multiplied(self.matrix.T, X[0])
+
+
+@contextmanager
+def noting_warnings() -> Iterator[list[str]]:
+    """The messages of the convergence warnings inside; any other warning is an error."""
+    messages: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield messages
+    for warning in caught:
+        assert issubclass(warning.category, ConvergenceWarning), f"{warning.category.__name__}: {warning.message}"
+        messages.append(str(warning.message))

@@ -29,10 +29,11 @@ def check_honest(M: Tensor, B: Tensor, X: Tensor, inverse: CGInverseLinearOperat
     assert inverse.info is not None
     true = relative_residual(M, X, B)
     assert X.isfinite().all()
+    rounding = torch.finfo(X.dtype).eps * X.double().norm(dim=0) / B.double().norm(dim=0)  # of A x, whose norm is 1
     M, B, Y = M.double(), B.double().reshape(len(M), -1), X.double().reshape(len(M), -1)
     energy = (Y * (M @ Y)).sum(0) / 2 - (B * Y).sum(0)
     assert (energy <= 1e-6 * B.norm(dim=0) * Y.norm(dim=0)).all(), f"worse than no solution at all: {energy}"
-    torch.testing.assert_close(inverse.info.residual_norm.double(), true, rtol=0.05, atol=1e-5)
+    assert ((inverse.info.residual_norm.double() - true).abs() <= 0.05 * true + 1e-5 + 0.2 * rounding).all()
     assert not (inverse.info.converged & inverse.info.breakdown).any()
 
 

@@ -1,0 +1,1 @@
+"""Randomised estimates of traces, diagonals, norms and spectra, each with an error estimate."""

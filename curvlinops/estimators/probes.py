@@ -1,0 +1,203 @@
+"""Random probe vectors and products with them, in chunks: the sampling half of every estimator."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from tqdm import tqdm
+
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.dense import TensorLinearOperator
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+
+#: Distributions of probes: independent signs, independent standard normal numbers, uniform on the sphere of radius √D.
+DISTRIBUTIONS = ("rademacher", "normal", "sphere")
+#: The seed of every estimator, unless another is given.
+DEFAULT_SEED = 2147483647
+#: Numbers of a chunk of probes, or of products with it, that are held at once by default.
+_CHUNK_NUMEL = 2**26
+
+
+def draw_probes(
+    numel: int, num_probes: int, distribution: str, generator: Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Random columns v with E[v vᵀ] = I, the next ones of a generator.
+
+    Args:
+        numel: Number of entries of a column, D.
+        num_probes: Number of columns, K.
+        distribution: One of :data:`DISTRIBUTIONS`.
+        generator: Where the numbers come from, and on which device.
+        dtype: Dtype of the columns; half precision is drawn in float32 and rounded.
+
+    Returns:
+        The columns ``[D, K]``.
+
+    >>> draw_probes(3, 2, "rademacher", torch.Generator().manual_seed(0)).abs().tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    rows = torch.empty(num_probes, numel, dtype=working_dtype(dtype), device=generator.device)
+    # One draw a probe: a draw of many numbers is not the sequence of several draws of fewer, so that with one draw a
+    # chunk the estimate would depend on the chunks.
+    for row in rows:
+        if distribution == "rademacher":
+            row.random_(0, 2, generator=generator)
+        else:
+            row.normal_(generator=generator)
+    if distribution == "rademacher":
+        rows.mul_(2).sub_(1)
+    elif distribution == "sphere":
+        rows.mul_(numel**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    return rows.to(dtype).T
+
+
+def generator_for(device: torch.device, seed: int, generator: Generator | None) -> Generator:
+    """The generator that was given, or a new one with this seed.
+
+    Raises:
+        TypeError: If it is no generator.
+        ValueError: If it lives on another device.
+    """
+    if generator is None:
+        return torch.Generator(device).manual_seed(seed)
+    if not isinstance(generator, Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}.")
+    given = generator.device
+    if given.type != device.type or (None not in (given.index, device.index) and given.index != device.index):
+        raise ValueError(
+            f"generator: expected one on {device}, where A is, got one on {given}. Pass torch.Generator('{device}')."
+        )
+    return generator
+
+
+def checked_count(value: int, at_least: int, what: str, even: bool = False) -> int:
+    """A number of products, if it is an integer, large enough, and even where it must be.
+
+    Args:
+        value: The number.
+        at_least: The smallest that is allowed.
+        what: How errors call it, and for what it is needed.
+        even: Whether it must be even.
+
+    Raises:
+        TypeError: If it is no integer.
+        ValueError: If it is too small, or odd.
+    """
+    kind = "an even integer" if even else "an integer"
+    try:
+        count = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = None
+    if count is None:
+        raise TypeError(f"{what}: expected {kind} of at least {at_least}, got {value!r}.")
+    if count < at_least or (even and count % 2):
+        raise ValueError(f"{what}: expected {kind} of at least {at_least}, got {count}.")
+    return count
+
+
+def as_operator(A: LinearOperator | Tensor, name: str, square: bool = True) -> LinearOperator:
+    """An operator, or a dense matrix as one, if its estimates make sense.
+
+    Raises:
+        TypeError: If A is neither, or is not of real floating point.
+        ValueError: If A is empty, or not square where it must be.
+    """
+    if isinstance(A, Tensor):
+        A = TensorLinearOperator(A)
+    if not isinstance(A, LinearOperator):
+        raise TypeError(f"{name}: A: expected a linear operator or a matrix as a tensor, got {type(A).__name__}.")
+    if not A.dtype.is_floating_point:
+        raise TypeError(f"{name}: A: expected real floating point, got {A.dtype}. Convert it first.")
+    if square and A.shape[0] != A.shape[1]:
+        raise ValueError(f"{name}: A: expected a square matrix, got shape {A.shape}.")
+    if 0 in A.shape:
+        raise ValueError(f"{name}: A: expected at least one row and one column, got shape {A.shape}.")
+    return A
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Probes of one operator, and products with it, in chunks of columns.
+
+    Args:
+        name: Of the estimator, for errors and the progress bar.
+        A: The operator.
+        distribution: Of the probes.
+        generator: Where the probes come from.
+        chunk_size: Columns that are multiplied at once.
+        progressbar: Whether to show the chunks.
+    """
+
+    name: str
+    A: LinearOperator
+    distribution: str
+    generator: Generator
+    chunk_size: int
+    progressbar: bool
+
+    @staticmethod
+    def of(
+        name: str,
+        A: LinearOperator | Tensor,
+        distribution: str,
+        seed: int,
+        generator: Generator | None,
+        chunk_size: int | None,
+        progressbar: bool,
+        square: bool = True,
+    ) -> Sampler:
+        """Check the arguments that all estimators share, and prepare the operator for many products.
+
+        Raises:
+            TypeError: If an argument is of the wrong kind.
+            ValueError: If the shape, the distribution, the generator or the chunk size does not fit.
+        """
+        A = as_operator(A, name, square)
+        if distribution not in DISTRIBUTIONS:
+            known = ", ".join(repr(d) for d in DISTRIBUTIONS)
+            raise ValueError(f"{name}: distribution: expected one of {known}, got {distribution!r}.")
+        if chunk_size is None:
+            chunk_size = max(1, _CHUNK_NUMEL // max(A.shape))
+        chunk_size = checked_count(chunk_size, 1, f"{name}: chunk_size")
+        generator = generator_for(A.device, seed, generator)
+        return Sampler(name, prepared(A), distribution, generator, chunk_size, progressbar)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that sums are made in."""
+        return working_dtype(self.A.dtype)
+
+    def probes(self, num_probes: int) -> Tensor:
+        """The next probes ``[D, K]``, which the operator's dtype can hold."""
+        drawn = draw_probes(self.A.shape[1], num_probes, self.distribution, self.generator, self.A.dtype)
+        return drawn.to(self.dtype)
+
+    def pairs(self, num_probes: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield chunks of probes V ``[D, k]`` and of products A V."""
+        for start, stop in self._chunks(num_probes):
+            V = self.probes(stop - start)
+            yield V, self._times(V)
+
+    def product(self, X: Tensor, adjoint: bool = False) -> Tensor:
+        """The product A X with given columns ``[D, K]``, or Aᵀ X."""
+        parts = [self._times(X[:, start:stop], adjoint) for start, stop in self._chunks(X.shape[1])]
+        rows = self.A.shape[1 if adjoint else 0]
+        return parts[0] if len(parts) == 1 else torch.cat([X.new_zeros(rows, 0), *parts], 1)
+
+    def _times(self, X: Tensor, adjoint: bool = False) -> Tensor:
+        result = flat_product(self.A.H if adjoint else self.A, self.A.dtype)(X)
+        if not bool(result.isfinite().all()):
+            raise FloatingPointError(
+                f"{self.name}: a product with A in {self.A.dtype} has entries that are not finite. Does A hold NaN or "
+                "infinities, or overflow in this precision?"
+            )
+        return result
+
+    def _chunks(self, num_columns: int) -> Iterator[tuple[int, int]]:
+        starts = range(0, num_columns, self.chunk_size)
+        for start in tqdm(starts, desc=f"{self.name}: products", disable=not self.progressbar, leave=False):
+            yield start, min(start + self.chunk_size, num_columns)

@@ -1,0 +1,1 @@
+"""Krylov methods on flat columns ``[D, K]``, each column with a life of its own."""

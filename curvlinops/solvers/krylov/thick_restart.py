@@ -1,0 +1,149 @@
+"""Extremal eigenpairs by the Lanczos process with thick restarts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from curvlinops.solvers.columns import Product
+from curvlinops.solvers.watch import Watch
+
+#: Puts Ritz values into order, the wanted ones first: values ``[m]`` -> indices ``[m]``.
+Order = Callable[[Tensor], Tensor]
+
+
+class ThickRestart:
+    r"""A Krylov basis of bounded size, which is compressed to its best Ritz vectors whenever it is full.
+
+    The basis V stays orthonormal, by orthogonalising each new block against all of it, twice; T = VᵀAV is computed from
+    the same inner products, and the part of A V outside of the basis is Q R eᵀ with the next block Q. So a Ritz vector
+    V s has the residual ‖R s_last‖, where s_last are its entries for the last block.
+
+    **Reference**: Wu, Simon (2000), Thick-restart Lanczos method for large symmetric eigenvalue problems,
+    doi:10.1137/S0895479898334605.
+
+    Args:
+        product: X -> A X, counted by the watch.
+        start: The first block ``[D, b]``, of full rank.
+        capacity: Vectors that the basis may have.
+        generator: For directions where the Krylov space ends.
+
+    Attributes:
+        values: Ritz values, in order, wanted ones first ``[m]``, in float64 on the CPU.
+        residuals: Their residuals by the recurrence ``[m]``.
+        scale: The largest absolute value of a Ritz value seen, a lower bound of ‖A‖.
+    """
+
+    def __init__(self, product: Product, start: Tensor, capacity: int, generator: torch.Generator) -> None:
+        self._product, self._generator = product, generator
+        numel, self._block = start.shape
+        self._capacity = min(capacity, numel)
+        self._V = start.new_zeros(self._capacity + self._block, numel)
+        self._T = torch.zeros(self._capacity, self._capacity, dtype=torch.float64)
+        self._size = 0
+        self._V[: self._block], self._R = _orthonormal(start.T, 0.0, self._block)
+        self._next = self._block  # rows of the block after the basis
+        self._S = torch.zeros(0, 0, dtype=torch.float64)
+        self.values = self.residuals = torch.zeros(0, dtype=torch.float64)
+        self.scale = 0.0
+
+    def iterate(self, num_wanted: int, order: Order, tol: float, watch: Watch) -> None:
+        """Extend and compress the basis until the wanted pairs have converged or the watch says that it is time."""
+        floor = 10 * torch.finfo(self._V.dtype).eps
+        period = max(1, self._capacity // 40)
+        while watch.allows(self._next + num_wanted):
+            if self._size + self._next > self._capacity:
+                self._compress(num_wanted)
+            self._extend()
+            watch.tick(self.residuals[:num_wanted] / max(self.scale, 1e-300))
+            is_full = self._next == 0 or self._size + self._next > self._capacity
+            if self._size >= num_wanted and (is_full or watch.num_iterations % period == 0):
+                self._project(order)
+                wanted = self.values[:num_wanted].abs()
+                bound = torch.maximum(tol * wanted, torch.tensor(floor * self.scale))
+                if self._next == 0 or bool((self.residuals[:num_wanted] <= bound).all()):
+                    return
+        self._project(order)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the basis lives."""
+        return self._V.device
+
+    def vectors(self, num_wanted: int) -> Tensor:
+        """The Ritz vectors of the first values ``[D, k]``."""
+        S = self._S[:, :num_wanted].to(self._V)
+        return (S.T @ self._V[: self._size]).T
+
+    def _extend(self) -> None:
+        """Multiply the next block, and split the product into what lies in the basis and what does not."""
+        old, size = self._size, self._size + self._next
+        Q = self._V[old:size]
+        W = self._product(Q.T).T
+        if not bool(W.isfinite().all()):
+            raise FloatingPointError("A product with the operator is not finite: look at the parameters and the data.")
+        H = torch.zeros(size, len(W), dtype=torch.float64)
+        norms = W.norm(dim=1)
+        for _ in range(2):
+            h = self._V[:size] @ W.T
+            W = W - h.T @ self._V[:size]
+            H += h.double().cpu()
+        self._T[:size, old:size] = H
+        self._T[old:size, :size] = H.T
+        self._size = size
+        self._next_block(W, norms)
+
+    def _next_block(self, W: Tensor, norms: Tensor) -> None:
+        """The next block Q and its coupling R; where the Krylov space ends, directions without coupling go on."""
+        room = min(self._block, self._V.shape[1] - self._size)
+        rounding = 10 * torch.finfo(W.dtype).eps * max(float(norms.max()), self.scale)
+        Q, self._R = _orthonormal(W, rounding, room)
+        while len(Q) < room:
+            Q = torch.cat([Q, self._fresh_direction(Q)])
+        self._V[self._size : self._size + room] = Q
+        self._next = room
+
+    def _fresh_direction(self, others: Tensor) -> Tensor:
+        known = torch.cat([self._V[: self._size], others])
+        row = torch.randn(known.shape[1], dtype=known.dtype, device=known.device, generator=self._generator)
+        for _ in range(3):
+            row = row - (known @ row) @ known
+            row = row / row.norm()
+        return row.unsqueeze(0)
+
+    def _project(self, order: Order) -> None:
+        """The eigenvalues and vectors of T, in order."""
+        values, S = torch.linalg.eigh(self._T[: self._size, : self._size])
+        chosen = order(values)
+        self.values, self._S = values[chosen], S[:, chosen]
+        self.scale = max(self.scale, float(values.abs().max()))
+        last = self._S[self._size - self._R.shape[1] :]
+        self.residuals = (self._R @ last).norm(dim=0)
+
+    def _compress(self, num_wanted: int) -> None:
+        """Keep the best Ritz vectors, and the next block after them."""
+        kept = num_wanted + (self._capacity - self._block - num_wanted) // 2
+        following = self._V[self._size : self._size + self._next].clone()
+        self._V[:kept] = self.vectors(kept).T
+        self._V[kept : kept + self._next] = following
+        self._T.zero_()
+        self._T[:kept, :kept] = torch.diag(self.values[:kept])
+        self._size = kept
+
+
+def _orthonormal(W: Tensor, rounding: float, room: int) -> tuple[Tensor, Tensor]:
+    """Orthonormal rows Q and a matrix R with W = Rᵀ Q up to rounding; directions at rounding level are left out."""
+    Q = W.new_zeros(0, W.shape[1])
+    R = torch.zeros(len(W), len(W), dtype=torch.float64)
+    for i, row in enumerate(W):
+        for _ in range(2):
+            c = Q @ row
+            row = row - c @ Q
+            R[: len(Q), i] += c.double().cpu()
+        length = row.norm()
+        if float(length) > rounding and len(Q) < room:
+            R[len(Q), i] = float(length)
+            Q = torch.cat([Q, (row / length).unsqueeze(0)])
+    return Q, R[: len(Q)]

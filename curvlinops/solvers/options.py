@@ -1,0 +1,112 @@
+"""The options that iterative inverses share, and their checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.space import Space
+from curvlinops.solvers.columns import working_dtype
+from curvlinops.solvers.watch import Limits
+
+Preconditioner = LinearOperator | Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class SolveOptions:
+    """What every iterative solve can be told.
+
+    Args:
+        rtol: Relative residual at which a column stops.
+        max_iter: Iterations at most.
+        preconditioner: Operator, or function of ``[D, K]``, close to the inverse; positive definite.
+        limits: Budgets and progress.
+    """
+
+    rtol: float
+    max_iter: int
+    preconditioner: Preconditioner | None = None
+    limits: Limits = field(default_factory=Limits)
+
+    @staticmethod
+    def checked(
+        A: LinearOperator,
+        rtol: float | None,
+        max_iter: int | None,
+        preconditioner: Preconditioner | None,
+        limits: Limits,
+    ) -> SolveOptions:
+        """Options of a solve with A, with defaults for what is not given."""
+        rtol = default_rtol(A.dtype) if rtol is None else float(rtol)
+        if not 0 <= rtol < 1:
+            raise ValueError(f"rtol: expected a number in [0, 1), got {rtol}.")
+        most = max(1, min(10 * A.shape[0], 1000)) if max_iter is None else int(max_iter)
+        if most < 1:
+            raise ValueError(f"max_iter: expected at least 1, got {max_iter}.")
+        check_preconditioner(preconditioner, (A.shape[1], A.shape[0]))
+        return SolveOptions(rtol, most, preconditioner, limits)
+
+    @property
+    def _operators(self) -> list[LinearOperator]:
+        return [self.preconditioner] if isinstance(self.preconditioner, LinearOperator) else []
+
+    @property
+    def holds_values(self) -> bool:
+        """Whether nothing that others hold can change the preconditioner."""
+        return all(operator._holds_values for operator in self._operators)
+
+    def frozen(self) -> SolveOptions:
+        """The same with a frozen preconditioner."""
+        return replace(self, preconditioner=self._operators[0].frozen()) if self._operators else self
+
+
+class Start:
+    """Where a solve begins: at a given iterate, or at the last solution.
+
+    Args:
+        x0: First iterate, in any format, or ``None`` for zero.
+        warm_start: Whether to begin from the last solution, where it has as many columns.
+    """
+
+    def __init__(self, x0: Any, warm_start: bool) -> None:
+        self._x0, self._warm_start = x0, warm_start
+        self._last: Tensor | None = None
+
+    def first(self, space: Space, num_columns: int) -> Tensor | None:
+        """The first iterate ``[D, K]`` in the working dtype; ``None`` for zero."""
+        work = working_dtype(space.dtype)
+        if self._last is not None and self._last.shape[1] == num_columns:
+            return self._last.to(work)
+        if self._x0 is None:
+            return None
+        X = Space.merge(space.read(self._x0)[0]).to(work)
+        if X.shape[1] not in (1, num_columns):
+            raise ValueError(f"x0: expected 1 or {num_columns} columns, got {X.shape[1]}.")
+        return X.expand(-1, num_columns)
+
+    def remember(self, solution: Tensor) -> Tensor:
+        """Note a solution, if the next solve is to begin there."""
+        if self._warm_start:
+            self._last = solution
+        return solution
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """The relative residual that is asked for where the user does not say."""
+    return 1e-8 if dtype == torch.float64 else 1e-5
+
+
+def check_preconditioner(preconditioner: Any, shape: tuple[int, int]) -> None:
+    """Refuse what is neither an operator of this shape nor a function."""
+    if preconditioner is None:
+        return
+    if isinstance(preconditioner, LinearOperator):
+        if preconditioner.shape != shape:
+            raise ValueError(f"preconditioner: expected shape {shape}, got {preconditioner.shape}.")
+    elif not callable(preconditioner):
+        raise TypeError(f"preconditioner: expected an operator or a function, got {type(preconditioner).__name__}.")
