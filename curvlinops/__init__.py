@@ -8,10 +8,15 @@ from curvlinops.curvature.gradient_moments import EFLinearOperator
 from curvlinops.curvature.hessian import HessianLinearOperator
 from curvlinops.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
 from curvlinops.estimators.blocks import block_traces
+from curvlinops.estimators.cached_spectrum import (
+    LanczosApproximateLogSpectrumCached,
+    LanczosApproximateSpectrumCached,
+)
 from curvlinops.estimators.estimate import Estimate, EstimateWithError
 from curvlinops.estimators.hutchinson import hutchinson_diag, hutchinson_squared_fro, hutchinson_trace
 from curvlinops.estimators.hutchpp import hutchpp_trace
 from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
+from curvlinops.estimators.spectrum import lanczos_approximate_log_spectrum, lanczos_approximate_spectrum
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.exact import exact_diagonal, exact_trace
@@ -23,11 +28,13 @@ from curvlinops.risk.determinism import DeterminismError
 from curvlinops.solvers.automatic import InverseLinearOperator
 from curvlinops.solvers.damping_path import DampingPath, damping_path
 from curvlinops.solvers.eigen import Eigenpairs, eigsh
+from curvlinops.solvers.functions import FunctionTrace, logdet, trace_of_function
 from curvlinops.solvers.info import ConvergenceWarning, LeastSquaresInfo, SolveInfo
 from curvlinops.solvers.inverse import CGInverseLinearOperator, MINRESInverseLinearOperator
 from curvlinops.solvers.least_squares import LSMRInverseLinearOperator
 from curvlinops.solvers.neumann import NeumannInverseLinearOperator
 from curvlinops.solvers.preconditioners import NystromPreconditioner, jacobi_preconditioner
+from curvlinops.solvers.roots import RootInfo, inverse_sqrt_matvec, sqrt_matvec
 from curvlinops.solvers.singular import SingularTriplets, svds
 
 __all__ = [
@@ -44,6 +51,7 @@ __all__ = [
     "Estimate",
     "EstimateWithError",
     "FisherMCLinearOperator",
+    "FunctionTrace",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
     "HessianLinearOperator",
@@ -51,12 +59,15 @@ __all__ = [
     "InverseLinearOperator",
     "JacobianLinearOperator",
     "LSMRInverseLinearOperator",
+    "LanczosApproximateLogSpectrumCached",
+    "LanczosApproximateSpectrumCached",
     "LeastSquaresInfo",
     "LinearOperator",
     "LowRankLinearOperator",
     "MINRESInverseLinearOperator",
     "NeumannInverseLinearOperator",
     "NystromPreconditioner",
+    "RootInfo",
     "SingularTriplets",
     "SolveInfo",
     "Space",
@@ -72,8 +83,14 @@ __all__ = [
     "hutchinson_squared_fro",
     "hutchinson_trace",
     "hutchpp_trace",
+    "inverse_sqrt_matvec",
     "jacobi_preconditioner",
+    "lanczos_approximate_log_spectrum",
+    "lanczos_approximate_spectrum",
+    "logdet",
+    "sqrt_matvec",
     "svds",
+    "trace_of_function",
     "xdiag",
     "xnystrace",
     "xtrace",

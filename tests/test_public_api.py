@@ -36,6 +36,17 @@ CURVATURE: dict[str, dict[str, Any]] = {
     "JacobianLinearOperator": JACOBIAN,
     "TransposedJacobianLinearOperator": JACOBIAN,
 }
+SPECTRUM: dict[str, Any] = {
+    "A": REQUIRED,
+    "ncv": REQUIRED,
+    "num_points": 1024,
+    "num_repeats": 1,
+    "kappa": 3.0,
+    "boundaries": None,
+    "margin": 0.05,
+    "boundaries_tol": 1e-2,
+}
+CACHED: dict[str, Any] = {"A": REQUIRED, "ncv": REQUIRED, "boundaries": None, "boundaries_tol": 1e-2}
 ESTIMATOR: dict[str, Any] = {"A": REQUIRED, "num_matvecs": REQUIRED, "distribution": "rademacher"}
 OTHERS: dict[str, dict[str, Any]] = {
     "CGInverseLinearOperator": {"A": REQUIRED},
@@ -60,6 +71,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
     **dict.fromkeys(("hutchinson_trace", "hutchpp_trace", "xtrace"), ESTIMATOR),
     **dict.fromkeys(("hutchinson_diag", "hutchinson_squared_fro"), ESTIMATOR),
+    "lanczos_approximate_spectrum": SPECTRUM,
+    "lanczos_approximate_log_spectrum": SPECTRUM | {"kappa": 1.04, "epsilon": 1e-5},
+    "LanczosApproximateSpectrumCached": CACHED,
+    "LanczosApproximateLogSpectrumCached": CACHED,
     "xdiag": {"A": REQUIRED, "num_matvecs": REQUIRED},
     "examples.IdentityLinearOperator": {"shapes": REQUIRED, "device": ..., "dtype": ...},
     "examples.TensorLinearOperator": {"A": REQUIRED},

@@ -7,9 +7,10 @@ from torch import Generator, Tensor
 
 from curvlinops.estimators.estimate import Estimate, independent
 from curvlinops.estimators.hutchinson import checked_num_probes, mean_of
-from curvlinops.estimators.probes import DEFAULT_SEED, Sampler
+from curvlinops.estimators.probes import Sampler
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 
 
 def block_trace_samples(V: Tensor, AV: Tensor, space: Space) -> Tensor:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from math import isfinite
 from typing import Any
 
-from curvlinops.solvers.info import ConvergenceWarning
+from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.runs import LanczosRuns, Ritz
 from curvlinops.solvers.watch import Watch
 
@@ -58,12 +57,10 @@ def find_boundaries(
         if ritz is None:
             return None
         if not _ends_resolved(ritz, needed, is_log, tolerance):
-            warnings.warn(
+            warn_of_convergence(
                 f"The ends of the spectrum are not resolved to {tolerance:.2g} of its width after {len(ritz.values)} "
                 "Lanczos steps; the boundaries are widened by what is uncertain. Pass boundaries, or raise "
-                "boundaries_tol.",
-                ConvergenceWarning,
-                stacklevel=5,
+                "boundaries_tol."
             )
         found = _absolute_ends(ritz) if is_log else _ends(ritz)
         low, high = (f if g is None else g for f, g in zip(found, given, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from math import isfinite
 from typing import Any, ClassVar
@@ -14,7 +13,7 @@ from curvlinops.estimators.boundaries import Boundaries, checked_boundaries, fin
 from curvlinops.estimators.density import Grid, make_grid
 from curvlinops.operators.base import LinearOperator
 from curvlinops.solvers.columns import working_dtype
-from curvlinops.solvers.info import ConvergenceWarning
+from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.runs import LanczosRuns
 from curvlinops.solvers.watch import Limits, Watch
 
@@ -59,11 +58,9 @@ class _CachedSpectrum:
                 f"An object of {self._name()} goes on from there when it is asked again."
             )
         if num_ended < num_repeats:
-            warnings.warn(
+            warn_of_convergence(
                 f"{watch.ended_by} ended the computation: the density is the average of {num_ended} repeats instead "
-                f"of {num_repeats}.",
-                ConvergenceWarning,
-                stacklevel=4,
+                f"of {num_repeats}."
             )
         return num_ended
 

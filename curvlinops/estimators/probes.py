@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Generator, Tensor
@@ -13,65 +14,10 @@ from tqdm import tqdm
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.random_vectors import check_distribution, draw_columns, generator_for
 
-#: Distributions of probes: independent signs, independent standard normal numbers, uniform on the sphere of radius √D.
-DISTRIBUTIONS = ("rademacher", "normal", "sphere")
-#: The seed of every estimator, unless another is given.
-DEFAULT_SEED = 2147483647
 #: Numbers of a chunk of probes, or of products with it, that are held at once by default.
 _CHUNK_NUMEL = 2**26
-
-
-def draw_probes(
-    numel: int, num_probes: int, distribution: str, generator: Generator, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Random columns v with E[v vᵀ] = I, the next ones of a generator.
-
-    Args:
-        numel: Number of entries of a column, D.
-        num_probes: Number of columns, K.
-        distribution: One of :data:`DISTRIBUTIONS`.
-        generator: Where the numbers come from, and on which device.
-        dtype: Dtype of the columns; half precision is drawn in float32 and rounded.
-
-    Returns:
-        The columns ``[D, K]``.
-
-    >>> draw_probes(3, 2, "rademacher", torch.Generator().manual_seed(0)).abs().tolist()
-    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
-    """
-    rows = torch.empty(num_probes, numel, dtype=working_dtype(dtype), device=generator.device)
-    # One draw a probe: a draw of many numbers is not the sequence of several draws of fewer, so that with one draw a
-    # chunk the estimate would depend on the chunks.
-    for row in rows:
-        if distribution == "rademacher":
-            row.random_(0, 2, generator=generator)
-        else:
-            row.normal_(generator=generator)
-    if distribution == "rademacher":
-        rows.mul_(2).sub_(1)
-    elif distribution == "sphere":
-        rows.mul_(numel**0.5 / torch.linalg.vector_norm(rows, dim=1, keepdim=True))
-    return rows.to(dtype).T
-
-
-def generator_for(device: torch.device, seed: int, generator: Generator | None) -> Generator:
-    """The generator that was given, or a new one with this seed.
-
-    Raises:
-        TypeError: If it is no generator.
-        ValueError: If it lives on another device.
-    """
-    if generator is None:
-        return torch.Generator(device).manual_seed(seed)
-    if not isinstance(generator, Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}.")
-    given = generator.device
-    if given.type != device.type or (None not in (given.index, device.index) and given.index != device.index):
-        raise ValueError(
-            f"generator: expected one on {device}, where A is, got one on {given}. Pass torch.Generator('{device}')."
-        )
-    return generator
 
 
 def checked_count(value: int, at_least: int, what: str, even: bool = False) -> int:
@@ -157,9 +103,7 @@ class Sampler:
             ValueError: If the shape, the distribution, the generator or the chunk size does not fit.
         """
         A = as_operator(A, name, square)
-        if distribution not in DISTRIBUTIONS:
-            known = ", ".join(repr(d) for d in DISTRIBUTIONS)
-            raise ValueError(f"{name}: distribution: expected one of {known}, got {distribution!r}.")
+        check_distribution(distribution)
         if chunk_size is None:
             chunk_size = max(1, _CHUNK_NUMEL // max(A.shape))
         chunk_size = checked_count(chunk_size, 1, f"{name}: chunk_size")
@@ -173,8 +117,8 @@ class Sampler:
 
     def probes(self, num_probes: int) -> Tensor:
         """The next probes ``[D, K]``, which the operator's dtype can hold."""
-        drawn = draw_probes(self.A.shape[1], num_probes, self.distribution, self.generator, self.A.dtype)
-        return drawn.to(self.dtype)
+        drawn = draw_columns(self.A.shape[1], self.distribution, repeat(self.generator, num_probes), self.A.dtype)
+        return drawn.to(self.A.dtype).to(self.dtype)
 
     def pairs(self, num_probes: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield chunks of probes V ``[D, k]`` and of products A V."""

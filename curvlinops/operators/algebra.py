@@ -148,7 +148,8 @@ class Node(LinearOperator):
 
 def agreed(operators: Sequence[LinearOperator], flag: bool) -> bool:
     """Whether a flag is set on any rank of any of the operators; all of them are asked, on every rank."""
-    return any([operator._agreed(flag) for operator in operators])
+    flags = [operator._agreed(flag) for operator in operators]
+    return any(flags)
 
 
 class Sum(Node):

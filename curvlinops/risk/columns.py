@@ -63,6 +63,7 @@ def _transposed(m: Tensor) -> Tensor:
     rows = m.reshape(-1, m.shape[-1]) if m.is_contiguous() else m.movedim(-1, 0).flatten(1).T
     return rows.T.contiguous().view(m.shape[-1], *m.shape[:-1]).movedim(0, -1)
 
+
 def checked_chunk_size(chunk_size: int | str) -> int | None:
     """Columns a chunk as the user wants them; ``None`` for what suits the model."""
     if chunk_size == "auto":

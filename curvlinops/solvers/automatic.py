@@ -13,13 +13,12 @@ from torch import Tensor
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import BlockDiagonal
-from curvlinops.solvers.columns import flat_product, working_dtype
+from curvlinops.solvers.columns import check_self_adjoint, flat_product, working_dtype
 from curvlinops.solvers.info import SolveInfo, relative, warn_of_convergence
 from curvlinops.solvers.inverse import (
     CGInverseLinearOperator,
     IterativeInverse,
     MINRESInverseLinearOperator,
-    check_self_adjoint,
 )
 from curvlinops.solvers.options import Preconditioner
 from curvlinops.solvers.watch import Progress

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
-from curvlinops.solvers.inverse import check_self_adjoint
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.multishift import MultiShift
 from curvlinops.solvers.krylov.solve import Solve

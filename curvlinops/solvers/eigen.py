@@ -11,9 +11,8 @@ from torch import Tensor
 from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Format, Space
-from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
 from curvlinops.solvers.info import warn_of_convergence
-from curvlinops.solvers.inverse import check_self_adjoint
 from curvlinops.solvers.krylov.thick_restart import Order, ThickRestart
 from curvlinops.solvers.options import default_rtol
 from curvlinops.solvers.watch import Limits, Progress, Watch

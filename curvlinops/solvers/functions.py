@@ -9,8 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
-from curvlinops.solvers.columns import working_dtype
-from curvlinops.solvers.krylov.runs import LanczosRuns, check_symmetric
+from curvlinops.solvers.columns import check_self_adjoint, working_dtype
+from curvlinops.solvers.krylov.runs import LanczosRuns
 from curvlinops.solvers.watch import Limits, Watch
 
 
@@ -154,7 +154,7 @@ def logdet(
     >>> round(logdet(Diagonal(torch.tensor([1.0, 4.0, 9.0]))).item(), 4)
     3.5835
     """
-    check_symmetric(A, "logdet")
+    check_self_adjoint(A, "logdet")
     if hasattr(A, "logdet"):
         try:
             exact: Tensor = A.logdet()

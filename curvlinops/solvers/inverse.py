@@ -12,24 +12,13 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.minres import MinimalResiduals
 from curvlinops.solvers.krylov.solve import Run, Solve
 from curvlinops.solvers.options import Preconditioner, SolveOptions, Start
 from curvlinops.solvers.watch import Limits, Progress, Watch
-
-
-def check_self_adjoint(A: Any, method: str) -> None:
-    """Refuse what a method for symmetric matrices cannot solve with."""
-    if not isinstance(A, LinearOperator):
-        raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
-    A._require_square(method)
-    if not A.SELF_ADJOINT:
-        raise ValueError(
-            f"{method} needs a self-adjoint operator: solve with A.H @ A instead, or use LSMRInverseLinearOperator."
-        )
 
 
 class IterativeInverse(LinearOperator):

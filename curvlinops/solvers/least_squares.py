@@ -52,6 +52,7 @@ class LSMRInverseLinearOperator(LinearOperator):
         TypeError: If A is no operator.
         ValueError: If an option is out of range.
 
+    >>> import torch
     >>> from curvlinops import TensorLinearOperator
     >>> A = TensorLinearOperator(torch.tensor([[1.0], [1.0]]))
     >>> (LSMRInverseLinearOperator(A) @ torch.tensor([1.0, 3.0])).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from math import inf, pi
 from typing import Any
@@ -12,11 +11,11 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
+from curvlinops.solvers.columns import Product, check_self_adjoint, flat_product, prepared, working_dtype
 from curvlinops.solvers.functions import check_positive
-from curvlinops.solvers.info import ConvergenceWarning
+from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.lanczos import Lanczos
-from curvlinops.solvers.krylov.runs import check_symmetric, runs_together
+from curvlinops.solvers.krylov.runs import runs_together
 from curvlinops.solvers.options import default_rtol
 from curvlinops.solvers.watch import Limits, Watch
 
@@ -26,7 +25,7 @@ _EXPECTED_STEPS = 100
 _LOG_STEP, _LOG_REACH = 0.25, 15.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RootInfo:
     """What the computation of a root times B did, per column.
 
@@ -95,7 +94,7 @@ def sqrt_matvec(
     >>> [round(x, 4) for x in sqrt_matvec(A, torch.tensor([1.0, 0.0])).tolist()]
     [2.0, 1.0]
     """
-    check_symmetric(A, "sqrt_matvec")
+    check_self_adjoint(A, "sqrt_matvec")
     if hasattr(A, "sqrt"):
         return _closed_form(A.sqrt(), B, return_info)
     limits = Limits(max_matvecs, max_seconds, progressbar)
@@ -146,7 +145,7 @@ def inverse_sqrt_matvec(
     >>> [round(x, 4) for x in inverse_sqrt_matvec(A, torch.tensor([3.0, 0.0])).tolist()]
     [2.0, -1.0]
     """
-    check_symmetric(A, "inverse_sqrt_matvec")
+    check_self_adjoint(A, "inverse_sqrt_matvec")
     if hasattr(A, "sqrt") and hasattr(A, "inverse"):
         return _closed_form(A.inverse().sqrt(), B, return_info)
     limits = Limits(max_matvecs, max_seconds, progressbar)
@@ -265,13 +264,11 @@ class _Root:
     def _report(self, info: RootInfo) -> None:
         failed = ~info.converged
         if bool(failed.any()):
-            warnings.warn(
+            warn_of_convergence(
                 f"{self._name} did not reach the relative error {self._rtol:.2g} in {int(failed.sum())} of "
                 f"{len(failed)} columns: the largest estimate is {float(info.error_estimate.max()):.2g} after "
                 f"{int(info.num_steps.max())} steps, of which {float(info.rounding.max()):.2g} is rounding. Raise "
-                "max_steps if that is less, else rtol; use a wider dtype, or add damping.",
-                ConvergenceWarning,
-                stacklevel=4,
+                "max_steps if that is less, else rtol; use a wider dtype, or add damping."
             )
 
 

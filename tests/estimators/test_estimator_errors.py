@@ -12,7 +12,7 @@ from curvlinops.estimators.estimate import Estimate, EstimateWithError
 from curvlinops.estimators.hutchinson import hutchinson_diag, hutchinson_squared_fro, hutchinson_trace
 from curvlinops.estimators.hutchpp import hutchpp_trace
 from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
-from curvlinops.estimators.probes import DISTRIBUTIONS
+from curvlinops.solvers.random_vectors import DISTRIBUTIONS
 from tests.solvers.spd_problems import with_eigenvalues
 
 Estimator = Callable[..., Any]

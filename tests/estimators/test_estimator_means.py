@@ -1,6 +1,7 @@
 """Estimators are right on average, sample by sample as the formulas say, and exact where nothing is left to chance."""
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from curvlinops.estimators.leave_one_out import (
     xtrace,
     xtrace_samples,
 )
-from curvlinops.estimators.probes import DISTRIBUTIONS, Sampler, draw_probes
+from curvlinops.estimators.probes import Sampler
+from curvlinops.solvers.random_vectors import DISTRIBUTIONS, draw_columns
 from tests.solvers.spd_problems import noise, with_eigenvalues
 
 Estimator = Callable[..., Any]
@@ -103,7 +105,7 @@ def test_squared_norm_of_a_rectangular_matrix(shape: tuple[int, int], distributi
 
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_probes_have_the_identity_as_covariance(distribution: str) -> None:
-    V = draw_probes(6, 20_000, distribution, torch.Generator().manual_seed(1), torch.float64)
+    V = draw_columns(6, distribution, repeat(torch.Generator().manual_seed(1), 20_000), torch.float64)
     assert (V @ V.T / 20_000 - torch.eye(6)).abs().max() < 0.05 and V.mean(1).abs().max() < 0.03
     fourth = {"rademacher": 1.0, "normal": 3.0, "sphere": 3.0 * 6 / 8}[distribution]
     torch.testing.assert_close(V.pow(4).mean(), torch.tensor(fourth).double(), rtol=0.04, atol=0)

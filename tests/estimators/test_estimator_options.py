@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from curvlinops.estimators.estimate import Estimate, EstimateWithError
 from curvlinops.estimators.hutchinson import hutchinson_diag, hutchinson_squared_fro, hutchinson_trace
 from curvlinops.estimators.hutchpp import hutchpp_trace
 from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
-from curvlinops.estimators.probes import DISTRIBUTIONS, draw_probes
+from curvlinops.solvers.random_vectors import DISTRIBUTIONS, draw_columns
 from tests.solvers.spd_problems import CountingOperator, noise, spd_matrix, with_eigenvalues
 
 Estimator = Callable[..., Any]
@@ -69,8 +70,8 @@ def test_chunks_do_not_matter(estimator: Estimator, distribution: str) -> None:
 @pytest.mark.parametrize("numel", [1, 5, 16, 33])
 def test_probes_do_not_depend_on_chunks(numel: int, distribution: str, dtype: torch.dtype) -> None:
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
-    whole = draw_probes(numel, 9, distribution, generators[0], dtype)
-    parts = [draw_probes(numel, k, distribution, generators[1], dtype) for k in (1, 2, 6)]
+    whole = draw_columns(numel, distribution, repeat(generators[0], 9), dtype)
+    parts = [draw_columns(numel, distribution, repeat(generators[1], k), dtype) for k in (1, 2, 6)]
     assert torch.equal(torch.cat(parts, 1), whole) and whole.dtype == dtype
 
 

@@ -9,14 +9,13 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
-from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
+from curvlinops.solvers.columns import Product, check_self_adjoint, flat_product, prepared, working_dtype
 from curvlinops.solvers.krylov.lanczos import Lanczos, tridiagonal
+from curvlinops.solvers.random_vectors import check_distribution, check_generator, draw_columns
 from curvlinops.solvers.watch import Watch
 
 #: Numbers in the bases of the runs that go together by default.
 _BASIS_NUMEL = 2**26
-
-_DISTRIBUTIONS = ("rademacher", "normal", "sphere")
 
 
 class Coefficients(NamedTuple):
@@ -86,12 +85,12 @@ class LanczosRuns:
         generator: Generator | None = None,
         chunk_size: int | None = None,
     ) -> None:
-        check_symmetric(A, "The Lanczos method")
-        if distribution not in _DISTRIBUTIONS:
-            raise ValueError(f"distribution: expected one of {list(_DISTRIBUTIONS)}, got {distribution!r}.")
+        check_self_adjoint(A, "The Lanczos method")
+        check_distribution(distribution)
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f"chunk_size: expected at least 1, got {chunk_size}.")
-        _check_generator(generator, A.device)
+        if generator is not None:
+            check_generator(generator, A.device)
         self._A, self._generator = A, generator
         self.num_steps, self._distribution = num_steps, distribution
         self._seed = None if generator is not None else int(seed)
@@ -221,46 +220,13 @@ def runs_together(size: int, num_steps: int) -> int:
     return max(1, _BASIS_NUMEL // max(size * (min(num_steps, size) + 1), 1))
 
 
-def check_symmetric(A: Any, what: str) -> None:
-    """Refuse what is no self-adjoint linear operator.
-
-    Raises:
-        TypeError: If A is no operator.
-        ValueError: If A is not self-adjoint.
-    """
-    if not isinstance(A, LinearOperator):
-        raise TypeError(f"Expected a linear operator, got {type(A).__name__}. Wrap a matrix as TensorLinearOperator.")
-    A._require_square(what)
-    if not A.SELF_ADJOINT:
-        raise ValueError(
-            f"{what} needs a self-adjoint operator, got {A!r}. A.H @ A is one, of squared singular values."
-        )
-
-
-def _check_generator(generator: Any, device: torch.device) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}.")
-    own = generator.device
-    # One of CUDA without an index serves the current device.
-    if own.type != device.type or (None not in (own.index, device.index) and own.index != device.index):
-        raise ValueError(f"generator: expected one on {device}, where A is, got one on {own}.")
-
-
 def _directions(A: LinearOperator, indices: Iterable[int], seed: int, distribution: str) -> Tensor:
     """Random vectors as columns ``[D, K]``, each drawn from a seed of its own."""
-    size, chosen = A.shape[0], list(indices)
+    chosen = list(indices)
     parent = torch.Generator().manual_seed(seed)
     seeds = [int(torch.randint(2**62, (1,), generator=parent)) for _ in range(max(chosen) + 1)]
-    V = torch.empty(len(chosen), size, dtype=working_dtype(A.dtype), device=A.device)
-    for row, index in zip(V, chosen, strict=True):
-        generator = torch.Generator(A.device).manual_seed(seeds[index])
-        if distribution == "rademacher":
-            row.random_(0, 2, generator=generator).mul_(2).sub_(1)
-        else:
-            row.normal_(generator=generator)
-    return V.T
+    generators = (torch.Generator(A.device).manual_seed(seeds[index]) for index in chosen)
+    return draw_columns(A.shape[0], distribution, generators, A.dtype)
 
 
 def _step(run: Lanczos, watch: Watch) -> bool:

@@ -15,7 +15,7 @@ from curvlinops.solvers.watch import Watch
 
 #: What recurrences aim at, as a share of the tolerance, so that rounding does not put the true residual above it.
 _MARGIN = 0.95
-#: Rounding of a recomputed residual, as a share of what is attainable: by so much it must lie below the tolerance.
+#: Rounding of a recomputed residual, as a share of what is attainable.
 _ROUNDING = 0.3
 
 
@@ -183,7 +183,9 @@ class Solve:
         return self._eps * self._largest * torch.maximum(self._size, relative(self._X, self._scale))
 
     def _converged(self) -> Tensor:
-        return self._residual + _ROUNDING * self._attainable <= self._rtol
+        # Rounding that a small residual does not show can hardly be larger than it.
+        rounding = torch.minimum(_ROUNDING * self._attainable, self._residual.clamp(min=self._eps / 4))
+        return self._residual + rounding <= self._rtol
 
     @property
     def info(self) -> SolveInfo:
