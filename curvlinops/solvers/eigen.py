@@ -136,8 +136,8 @@ def eigsh(
         A = prepared(A)
         product = watch.counted(flat_product(A, A.dtype))
         generator = torch.Generator(A.device).manual_seed(seed)
-        process = ThickRestart(product, _start(A, v0, block_size, generator), capacity, generator)
-        process.iterate(k, ORDERS[which], tol, watch)
+        process = ThickRestart(product, _start(A, v0, block_size, generator), k, capacity, generator)
+        process.iterate(ORDERS[which], tol, watch)
         values, vectors, residuals, converged = _verified(process, product, k, tol, generator)
     if not bool(converged.all()):
         ended = f", ended by {watch.ended_by}" if watch.ended_by else ""

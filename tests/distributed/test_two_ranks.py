@@ -1,35 +1,24 @@
 """Two ranks with uneven shards: every square operator is that of the union, and errors do not hang."""
 
-import sys
 import time
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from curvlinops import CurvatureLinearOperator
+from tests.distributed.ranks import TIMEOUT, Found, needs_gloo, run_both
 from tests.risk.small import SQUARE, build, classes, mlp, relative_error, targets, vector
 
-pytestmark = pytest.mark.skipif(
-    not (dist.is_available() and dist.is_gloo_available()) or sys.platform == "win32", reason="needs gloo"
-)
-
-#: How long a rank may wait for the other before this counts as hanging.
-TIMEOUT = timedelta(seconds=20)
+pytestmark = needs_gloo
 
 BATCHES = classes((3, 1, 2, 4))
 #: Rank 0 has one mini-batch, rank 1 the three others.
 SHARDS = [BATCHES[:1], BATCHES[1:]]
-
-Found = dict[str, Any]
 
 
 def losses() -> dict[str, nn.Module]:
@@ -246,33 +235,10 @@ PARTS: dict[str, Callable[[int, Any], Found]] = {
 }
 
 
-def run_rank(rank: int, folder: str, parts: list[str]) -> None:
-    """What each of the two processes does; its findings go to files, as far as it gets."""
-    torch.set_num_threads(1)
-    store = f"file://{folder}/init"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=TIMEOUT)
-    for part in parts:
-        torch.save(PARTS[part](rank, dist.group.WORLD), f"{folder}/{part}-{rank}.pt")
-
-
-def run_both(folder: Path, parts: list[str]) -> dict[str, list[Found]]:
-    """The findings of both ranks in each part that both came through."""
-    try:
-        mp.spawn(run_rank, args=(str(folder), parts), nprocs=2)
-    except Exception:
-        traceback.print_exc()
-    paths = {part: [folder / f"{part}-{rank}.pt" for rank in range(2)] for part in parts}
-    return {
-        part: [torch.load(path, weights_only=False) for path in both]
-        for part, both in paths.items()
-        if all(path.exists() for path in both)
-    }
-
-
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Found]]:
     """One run of both processes; what may break the connection comes last."""
-    return run_both(tmp_path_factory.mktemp("ranks"), [*PARTS])
+    return run_both(tmp_path_factory.mktemp("ranks"), PARTS)
 
 
 def flat(value: Any) -> Tensor:

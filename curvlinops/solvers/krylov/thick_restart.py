@@ -27,6 +27,7 @@ class ThickRestart:
     Args:
         product: X -> A X, counted by the watch.
         start: The first block ``[D, b]``, of full rank.
+        num_wanted: Number of eigenpairs.
         capacity: Vectors that the basis may have.
         generator: For directions where the Krylov space ends.
 
@@ -36,8 +37,11 @@ class ThickRestart:
         scale: The largest absolute value of a Ritz value seen, a lower bound of ‖A‖.
     """
 
-    def __init__(self, product: Product, start: Tensor, capacity: int, generator: torch.Generator) -> None:
-        self._product, self._generator = product, generator
+    def __init__(
+        self, product: Product, start: Tensor, num_wanted: int, capacity: int, generator: torch.Generator
+    ) -> None:
+        self._product, self._generator, self._num_wanted = product, generator, num_wanted
+        self._has_ended, self._num_unexplored = False, 0
         numel, self._block = start.shape
         self._capacity = min(capacity, numel)
         self._V = start.new_zeros(self._capacity + self._block, numel)
@@ -49,21 +53,24 @@ class ThickRestart:
         self.values = self.residuals = torch.zeros(0, dtype=torch.float64)
         self.scale = 0.0
 
-    def iterate(self, num_wanted: int, order: Order, tol: float, watch: Watch) -> None:
+    def iterate(self, order: Order, tol: float, watch: Watch) -> None:
         """Extend and compress the basis until the wanted pairs have converged or the watch says that it is time."""
+        num_wanted = self._num_wanted
         floor = 10 * torch.finfo(self._V.dtype).eps
         period = max(1, self._capacity // 40)
         while watch.allows(self._next + num_wanted):
             if self._size + self._next > self._capacity:
-                self._compress(num_wanted)
+                self._compress()
             self._extend()
-            watch.tick(self.residuals[:num_wanted] / max(self.scale, 1e-300))
+            known = self.residuals[:num_wanted] if len(self.residuals) else torch.ones(1)
+            watch.tick(known / (self.scale or 1.0))
             is_full = self._next == 0 or self._size + self._next > self._capacity
             if self._size >= num_wanted and (is_full or watch.num_iterations % period == 0):
                 self._project(order)
                 wanted = self.values[:num_wanted].abs()
                 bound = torch.maximum(tol * wanted, torch.tensor(floor * self.scale))
-                if self._next == 0 or bool((self.residuals[:num_wanted] <= bound).all()):
+                has_converged = self._num_unexplored <= 0 and bool((self.residuals[:num_wanted] <= bound).all())
+                if self._next == 0 or has_converged:
                     return
         self._project(order)
 
@@ -72,9 +79,9 @@ class ThickRestart:
         """Where the basis lives."""
         return self._V.device
 
-    def vectors(self, num_wanted: int) -> Tensor:
-        """The Ritz vectors of the first values ``[D, k]``."""
-        S = self._S[:, :num_wanted].to(self._V)
+    def vectors(self, count: int) -> Tensor:
+        """The Ritz vectors of the first values ``[D, count]``."""
+        S = self._S[:, :count].to(self._V)
         return (S.T @ self._V[: self._size]).T
 
     def _extend(self) -> None:
@@ -100,6 +107,10 @@ class ThickRestart:
         room = min(self._block, self._V.shape[1] - self._size)
         rounding = 10 * torch.finfo(W.dtype).eps * max(float(norms.max()), self.scale)
         Q, self._R = _orthonormal(W, rounding, room)
+        self._num_unexplored -= 1
+        if len(Q) < room and not self._has_ended:
+            # An invariant subspace says nothing about the rest: look there before anything counts as converged.
+            self._has_ended, self._num_unexplored = True, self._num_wanted + 10
         while len(Q) < room:
             Q = torch.cat([Q, self._fresh_direction(Q)])
         self._V[self._size : self._size + room] = Q
@@ -122,9 +133,9 @@ class ThickRestart:
         last = self._S[self._size - self._R.shape[1] :]
         self.residuals = (self._R @ last).norm(dim=0)
 
-    def _compress(self, num_wanted: int) -> None:
+    def _compress(self) -> None:
         """Keep the best Ritz vectors, and the next block after them."""
-        kept = num_wanted + (self._capacity - self._block - num_wanted) // 2
+        kept = self._num_wanted + (self._capacity - self._block - self._num_wanted) // 2
         following = self._V[self._size : self._size + self._next].clone()
         self._V[:kept] = self.vectors(kept).T
         self._V[kept : kept + self._next] = following

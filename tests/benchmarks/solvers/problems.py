@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -92,9 +93,9 @@ def random_columns(problem: Problem, num_columns: int) -> Tensor:
 
 
 def converted(problem: Problem, dtype: torch.dtype) -> Problem:
-    """The same with model and data converted in place; in float32 the parameters are rounded."""
-    data = [(X.to(dtype), y) for X, y in problem.data]
-    return Problem(problem.model.to(dtype), problem.loss, list(problem.model.parameters()), data)
+    """The same with model and data converted."""
+    model = copy.deepcopy(problem.model).to(dtype)
+    return Problem(model, problem.loss, list(model.parameters()), [(X.to(dtype), y) for X, y in problem.data])
 
 
 def save(problem: Problem, right: dict[str, Tensor], path: Path) -> None:
