@@ -16,7 +16,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format docs bench clean
+.PHONY: help setup demo test lint format docs bench bench-solvers clean
 
 help:
 	@echo "make setup  the environment in $(VENV)"
@@ -25,6 +25,7 @@ help:
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the site, in docs/_build/html"
 	@echo "make bench  time and memory against one gradient (slow)"
+	@echo "make bench-solvers  products and time of solvers and preconditioners (a quarter of an hour)"
 
 setup: $(STAMP)
 
@@ -74,6 +75,9 @@ $(PEER_STAMP): tests/benchmarks/requirements-peer.txt constraints.txt Makefile
 
 bench: $(STAMP) $(PEER_STAMP)
 	$(BIN)/python -m tests.benchmarks.run --peer $(PEER)/bin/python --output docs/benchmarks $(BENCH_OPTIONS)
+
+bench-solvers: $(STAMP) $(PEER_STAMP)
+	$(ONE_THREAD) $(BIN)/python -m tests.benchmarks.solvers.run --peer $(PEER)/bin/python $(BENCH_OPTIONS)
 
 clean:
 	rm -rf docs/_build docs/gallery build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

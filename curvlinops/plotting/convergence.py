@@ -19,6 +19,7 @@ def plot_convergence(
     info: Info | Mapping[str, Info],
     *,
     rtol: float | None = None,
+    attainable: bool = True,
     ax: Axes | None = None,
 ) -> Axes:
     r"""Draw the relative residuals of a solve over its iterations, a curve for each column.
@@ -31,6 +32,7 @@ def plot_convergence(
     Args:
         info: The ``info`` of a solver; or several to compare, by their names.
         rtol: The tolerance that was asked for, drawn as a horizontal line.
+        attainable: Whether to draw what the precision allows.
         ax: Axes to draw into; by default those of a new figure.
 
     Returns:
@@ -52,10 +54,10 @@ def plot_convergence(
     is_least_squares = isinstance(next(iter(infos.values())), LeastSquaresInfo)
     ax = axes_or_new(ax)
     for name, one in infos.items():
-        _draw_columns(ax, one, name)
+        _draw_columns(ax, one, name, attainable)
     if tolerance:
         ax.axhline(tolerance, color=BLACK, linewidth=0.9, label=f"tolerance {tolerance:.0e}")
-    if any(isinstance(one, SolveInfo) and bool((one.attainable > 0).any()) for one in infos.values()):
+    if attainable and any(isinstance(one, SolveInfo) and bool((one.attainable > 0).any()) for one in infos.values()):
         ax.plot([], [], ":", color=GREY, linewidth=1.2, label="attainable")
     ax.set_yscale("log")
     ax.set_xlabel("iteration")
@@ -82,7 +84,7 @@ def _checked(info: Any) -> dict[str, Info]:
     return infos
 
 
-def _draw_columns(ax: Axes, info: Info, name: str) -> None:
+def _draw_columns(ax: Axes, info: Info, name: str, attainable: bool) -> None:
     """One curve a column, each up to its last iteration."""
     history = info.history.detach().to("cpu").double()
     K = history.shape[1]
@@ -90,10 +92,13 @@ def _draw_columns(ax: Axes, info: Info, name: str) -> None:
     for k in range(K):
         style = shared or next_style(ax)
         end = int(info.num_iterations[k])
-        curve = history[: end + 1, k].tolist()
+        # The shared run of a damping path keeps no history for each damping: then there is only an end.
+        curve = history[: end + 1, k].tolist() if len(history) > end else []
         line = {"color": style.colour, "linestyle": style.line, "linewidth": 1.4 if shared is None else 0.7}
         ax.plot(range(len(curve)), curve, label=_label(name, k, K), **line)
-        _draw_end(ax, info, k, end, style, curve[-1])
+        _draw_end(ax, info, k, end, style, curve)
+        if attainable and isinstance(info, SolveInfo) and float(info.attainable[k]) > 0:
+            _draw_attainable(ax, float(info.attainable[k]), style)
 
 
 def _label(name: str, k: int, K: int) -> str | None:
@@ -104,12 +109,15 @@ def _label(name: str, k: int, K: int) -> str | None:
     return ", ".join(filter(None, [name, f"column {k}"]))
 
 
-def _draw_end(ax: Axes, info: Info, k: int, end: int, style: Style, last: float) -> None:
-    """A marker at the end, and the line of what can be attained."""
-    height = float(info.residual_norm[k]) if isinstance(info, SolveInfo) else last
+def _draw_end(ax: Axes, info: Info, k: int, end: int, style: Style, curve: list[float]) -> None:
+    if isinstance(info, LeastSquaresInfo) and not curve:
+        return
+    height = float(info.residual_norm[k]) if isinstance(info, SolveInfo) else curve[-1]
     marker = style.marker if bool(info.converged[k]) else "x"
     ax.plot([end], [height], marker, color=style.colour, markerfacecolor="white", markersize=6, zorder=3)
-    if isinstance(info, SolveInfo) and float(info.attainable[k]) > 0:
-        place: dict[str, Any] = {"marker": style.marker, "markevery": [1], "markersize": 4, "markerfacecolor": "white"}
-        line = ax.axhline(float(info.attainable[k]), color=style.colour, linewidth=1.2, linestyle=":", **place)
-        line.set_clip_on(False)  # half of the marker lies beyond the end of the axes
+
+
+def _draw_attainable(ax: Axes, height: float, style: Style) -> None:
+    place: dict[str, Any] = {"marker": style.marker, "markevery": [1], "markersize": 4, "markerfacecolor": "white"}
+    line = ax.axhline(height, color=style.colour, linewidth=1.2, linestyle=":", **place)
+    line.set_clip_on(False)  # half of the marker lies beyond the end of the axes

@@ -20,6 +20,7 @@ from curvlinops.solvers.inverse import (
     IterativeInverse,
     MINRESInverseLinearOperator,
 )
+from curvlinops.solvers.krylov.open_columns import on_rows
 from curvlinops.solvers.options import Preconditioner
 from curvlinops.solvers.watch import Progress
 
@@ -121,11 +122,11 @@ class InverseLinearOperator(LinearOperator):
 
     def _verified(self, X: Tensor, B: Tensor, begin: float) -> SolveInfo:
         work = working_dtype(self.dtype)
-        X, B = X.to(work), B.to(work)
-        AX = flat_product(self._A, self.dtype)(X)
-        scale = B.norm(dim=0)
+        X, B = X.to(work).T.contiguous(), B.to(work).T
+        AX = on_rows(flat_product(self._A, self.dtype))(X)
+        scale = B.norm(dim=1)
         residual = relative(B - AX, scale)
-        largest = relative(AX, X.norm(dim=0))
+        largest = relative(AX, X.norm(dim=1))
         nothing = torch.zeros(len(residual), dtype=torch.long, device=B.device)
         return SolveInfo(
             num_iterations=nothing,
@@ -133,7 +134,7 @@ class InverseLinearOperator(LinearOperator):
             converged=residual <= self._rtol,
             breakdown=nothing.bool(),
             attainable=torch.finfo(self.dtype).eps * largest * relative(X, scale),
-            num_matvecs=X.shape[1],
+            num_matvecs=len(X),
             seconds=time.monotonic() - begin,
             ended_by=None,
             history=residual.unsqueeze(0),

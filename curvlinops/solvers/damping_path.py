@@ -17,7 +17,8 @@ from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepare
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.multishift import MultiShift
-from curvlinops.solvers.krylov.solve import Solve
+from curvlinops.solvers.krylov.open_columns import RowProduct, on_rows
+from curvlinops.solvers.krylov.solve import Solve, power_of_two
 from curvlinops.solvers.options import SolveOptions
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
@@ -91,13 +92,13 @@ def damping_path(
     with torch.inference_mode(False), torch.no_grad():
         columns, form = A.domain.read(B)
         form.check(A.domain)
-        flat = Space.merge(columns).to(working_dtype(A.dtype))
+        flat = Space.merge(columns).to(working_dtype(A.dtype)).T.contiguous()
         A = prepared(A)
         order = sorted(range(len(values)), key=values.__getitem__)
         with Watch(limits, A, "Damping path", options.max_iter) as watch:
             shared = _shared_run(A, flat, [values[i] for i in order], options, watch)
             finished = _finished(A, flat, [values[i] for i in order], shared, options, watch)
-        answers = [form.write(A.domain.split(X.to(A.dtype)), A.domain) for X, _ in finished]
+        answers = [form.write(A.domain.split(X.T.to(A.dtype)), A.domain) for X, _ in finished]
     place = sorted(range(len(values)), key=order.__getitem__)
     info = [finished[position][1] for position in place]
     _warn(values, info, options.rtol)
@@ -117,10 +118,9 @@ def _checked_dampings(dampings: Sequence[float] | Tensor) -> list[float]:
 def _shared_run(
     A: LinearOperator, B: Tensor, values: Sequence[float], options: SolveOptions, watch: Watch
 ) -> MultiShift:
-    unit = torch.exp2(B.abs().amax(0).log2().round())
-    unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+    unit = power_of_two(B)
     shifts = torch.tensor([value - values[0] for value in values], dtype=torch.float64, device=B.device)
-    run = MultiShift(watch.counted(flat_product(A.damped(values[0]), A.dtype)), B / unit, shifts)
+    run = MultiShift(_damped_product(A, values[0], watch), B / unit, shifts)
     run.advance(options.rtol, options.max_iter, watch)
     run.X *= unit
     return run
@@ -132,9 +132,9 @@ def _finished(
     """Verify each solution, and go on with it where it is not good enough."""
     results = []
     for number, (value, X) in enumerate(zip(values, shared.X, strict=True)):
-        watch.reserved = (len(values) - number - 1) * B.shape[1]  # the others are still to be verified
+        watch.reserved = (len(values) - number - 1) * len(B)  # the others are still to be verified
         before, num_matvecs = shared.iterations[number], watch.num_matvecs
-        product = watch.counted(flat_product(A.damped(value), A.dtype))
+        product = _damped_product(A, value, watch)
         start = partial(ConjugateGradients, product, None)
         left = options.max_iter - int(before.max())
         eps = torch.finfo(A.dtype).eps
@@ -144,6 +144,10 @@ def _finished(
         iterations, matvecs = info.num_iterations + before, info.num_matvecs - num_matvecs
         results.append((solution, replace(info, num_iterations=iterations, num_matvecs=matvecs)))
     return results
+
+
+def _damped_product(A: LinearOperator, damping: float, watch: Watch) -> RowProduct:
+    return on_rows(watch.counted(flat_product(A.damped(damping), A.dtype)))
 
 
 def _warn(values: Sequence[float], info: Sequence[SolveInfo], rtol: float) -> None:

@@ -83,6 +83,6 @@ class LeastSquaresInfo:
 
 
 def relative(R: Tensor, scale: Tensor) -> Tensor:
-    """Norms of the columns of R relative to a scale; absolute ones where it is zero."""
-    norms = R.norm(dim=0)
+    """Norms of the rows of R relative to a scale; absolute ones where it is zero."""
+    norms = R.norm(dim=1)
     return torch.where(scale > 0, norms / torch.where(scale > 0, scale, 1.0), norms)

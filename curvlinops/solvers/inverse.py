@@ -16,6 +16,7 @@ from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepare
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.minres import MinimalResiduals
+from curvlinops.solvers.krylov.open_columns import RowProduct, on_rows
 from curvlinops.solvers.krylov.solve import Run, Solve
 from curvlinops.solvers.options import Preconditioner, SolveOptions, Start
 from curvlinops.solvers.watch import Limits, Progress, Watch
@@ -46,12 +47,12 @@ class IterativeInverse(LinearOperator):
         self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        B = Space.merge(X).to(working_dtype(self.dtype))
+        B = Space.merge(X).to(working_dtype(self.dtype)).T.contiguous()
         options, A = self._options, prepared(self._A)
-        first = self._start.first(self.codomain, B.shape[1])
+        first = self._start.first(self.codomain, len(B))
         eps = torch.finfo(self.dtype).eps
         with Watch(options.limits, A, self._METHOD, options.max_iter) as watch:
-            product = watch.counted(flat_product(A, self.dtype))
+            product = on_rows(watch.counted(flat_product(A, self.dtype)))
             begin = partial(self._RUN, product, self._preconditioning())
             solve = Solve(begin, product, B, first, options.rtol, options.max_iter, eps, watch)
             try:
@@ -61,13 +62,15 @@ class IterativeInverse(LinearOperator):
                 raise
         self.info = solve.info
         self._report(self.info)
-        return self.codomain.split(solution.to(self.dtype))
+        return self.codomain.split(solution.T.to(self.dtype))
 
-    def _preconditioning(self) -> Callable[[Tensor], Tensor] | None:
+    def _preconditioning(self) -> RowProduct | None:
         preconditioner = self._options.preconditioner
         if isinstance(preconditioner, LinearOperator):
             preconditioner = prepared(preconditioner)
-        return None if preconditioner is None else flat_product(preconditioner, self.dtype, "preconditioner")
+        if preconditioner is None:
+            return None
+        return on_rows(flat_product(preconditioner, self.dtype, "preconditioner"))
 
     def _report(self, info: SolveInfo) -> None:
         """Raise on a breakdown, warn of what did not converge."""

@@ -95,14 +95,14 @@ class LSMRInverseLinearOperator(LinearOperator):
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         first = self._start.first(self.codomain, X[0].shape[-1])
         solution = self._start.remember(self._solved(prepared(self._A), X, first))
-        return self.codomain.split(solution.to(self.dtype))
+        return self.codomain.split(solution.T.to(self.dtype))
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         # The last solution and the first iterate live in the other space.
-        return self.domain.split(self._solved(prepared(self._A).H, X, None).to(self.dtype))
+        return self.domain.split(self._solved(prepared(self._A).H, X, None).T.to(self.dtype))
 
     def _solved(self, A: LinearOperator, X: list[Tensor], first: Tensor | None) -> Tensor:
-        B = Space.merge(X).to(working_dtype(self.dtype))
+        B = Space.merge(X).to(working_dtype(self.dtype)).T.contiguous()
         with Watch(self._limits, A, "LSMR", self._options.max_iter) as watch:
             solve = LeastSquaresSolve(A, B, first, self._options, watch)
             try:

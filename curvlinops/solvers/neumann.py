@@ -15,6 +15,7 @@ from curvlinops.operators.space import Space
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.neumann import NeumannSeries
+from curvlinops.solvers.krylov.open_columns import on_rows
 from curvlinops.solvers.options import Preconditioner, Start, check_preconditioner, default_rtol
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
@@ -102,7 +103,7 @@ class NeumannInverseLinearOperator(LinearOperator):
         A, P = prepared(self._A), self._preconditioner
         P = prepared(P) if isinstance(P, LinearOperator) else P
         solution = self._start.remember(self._summed(A, P, Space.merge(X), first))
-        return self.codomain.split(solution.to(self.dtype))
+        return self.codomain.split(solution.T.to(self.dtype))
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         if self.SELF_ADJOINT:
@@ -112,14 +113,15 @@ class NeumannInverseLinearOperator(LinearOperator):
             raise NotImplementedError("The adjoint needs a preconditioner that is an operator; a function has none.")
         # The last solution and the first iterate are those of A itself.
         adjoint = None if P is None else prepared(P).H
-        return self.domain.split(self._summed(prepared(self._A).H, adjoint, Space.merge(X), None).to(self.dtype))
+        solution = self._summed(prepared(self._A).H, adjoint, Space.merge(X), None)
+        return self.domain.split(solution.T.to(self.dtype))
 
     def _summed(self, A: LinearOperator, P: Preconditioner | None, B: Tensor, first: Tensor | None) -> Tensor:
-        product = flat_product(A, self.dtype)
-        precondition = None if P is None else flat_product(P, self.dtype, "preconditioner")
-        B = B.to(working_dtype(self.dtype))
+        precondition = None if P is None else on_rows(flat_product(P, self.dtype, "preconditioner"))
+        B = B.to(working_dtype(self.dtype)).T.contiguous()
         rtol = default_rtol(self.dtype) if self._rtol is None else self._rtol
         with Watch(self._limits, A, "Neumann series", self._num_terms + 1) as watch:
+            product = on_rows(watch.counted(flat_product(A, self.dtype)))
             series = NeumannSeries(product, precondition, B, first, self._scale, rtol, watch)
             try:
                 series.run(self._num_terms + 1, stops_early=self._rtol is not None)
@@ -127,15 +129,17 @@ class NeumannInverseLinearOperator(LinearOperator):
                 self.info = series.info(torch.finfo(self.dtype).eps, interrupted=True)
                 raise
         self.info = series.info(torch.finfo(self.dtype).eps)
-        self._report(self.info, series)
-        return series.X
+        found = series.outcome()
+        self._report(self.info, found["growth"])
+        solution: Tensor = found["X"]
+        return solution
 
-    def _report(self, info: SolveInfo, series: NeumannSeries) -> None:
+    def _report(self, info: SolveInfo, growths: Tensor) -> None:
         if self._check_nan and not bool(info.residual_norm.isfinite().all()):
             raise RuntimeError("The Neumann series met a number that is not finite: look at A and the right-hand side.")
-        growing = series.growing.nonzero().flatten().tolist()
+        growing = info.breakdown.nonzero().flatten().tolist()
         if growing:
-            growth = float(series.growth[growing].max())
+            growth = float(growths[growing].max())
             raise RuntimeError(
                 f"The Neumann series diverges in {len(growing)} of {len(info.converged)} columns: residuals grow by "
                 f"{growth:.3g} a term. If A is positive definite, a scale below {2 * self._scale / (1 + growth):.2g} "

@@ -78,19 +78,19 @@ class Start:
         self._last: Tensor | None = None
 
     def first(self, space: Space, num_columns: int) -> Tensor | None:
-        """The first iterate ``[D, K]`` in the working dtype; ``None`` for zero."""
+        """The first iterate as rows ``[K, D]`` in the working dtype; ``None`` for zero."""
         work = working_dtype(space.dtype)
-        if self._last is not None and self._last.shape[1] == num_columns:
+        if self._last is not None and len(self._last) == num_columns:
             return self._last.to(work)
         if self._x0 is None:
             return None
         X = Space.merge(space.read(self._x0)[0]).to(work)
         if X.shape[1] not in (1, num_columns):
             raise ValueError(f"x0: expected 1 or {num_columns} columns, got {X.shape[1]}.")
-        return X.expand(-1, num_columns)
+        return X.T.expand(num_columns, -1)
 
     def remember(self, solution: Tensor) -> Tensor:
-        """Note a solution, if the next solve is to begin there."""
+        """Note a solution ``[K, D]``, if the next solve is to begin there."""
         if self._warm_start:
             self._last = solution
         return solution

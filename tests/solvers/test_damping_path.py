@@ -113,11 +113,14 @@ def test_columns_of_different_difficulty() -> None:
     assert path.info[0].num_iterations[2] > 15
 
 
-def test_zero_right_hand_side_and_no_columns() -> None:
-    A = CountingMatrix(spd_matrix(6, 10.0))
-    path = damping_path(A, torch.zeros(6, 2).double(), [0.1, 1.0])
+def test_zero_right_hand_side() -> None:
+    path = damping_path(CountingMatrix(spd_matrix(6, 10.0)), torch.zeros(6, 2).double(), [0.1, 1.0])
     assert all(X.abs().max() == 0 for X in path.solutions) and all(info.converged.all() for info in path.info)
-    path = damping_path(A, torch.zeros(6, 0).double(), [0.1, 1.0])
+    assert path.num_matvecs == 0
+
+
+def test_no_columns() -> None:
+    path = damping_path(CountingMatrix(spd_matrix(6, 10.0)), torch.zeros(6, 0).double(), [0.1, 1.0])
     assert [X.shape for X in path.solutions] == [(6, 0), (6, 0)]
 
 

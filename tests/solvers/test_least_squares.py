@@ -1,4 +1,4 @@
-"""The least-squares inverse: against dense solvers and SciPy's LSMR, in all shapes, with damping and a first iterate."""
+"""The least-squares inverse against dense solvers and SciPy's LSMR: all shapes, damping, first iterates."""
 
 import inspect
 import pickle

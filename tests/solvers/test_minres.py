@@ -188,9 +188,9 @@ def test_no_columns_one_dimension_and_other_layouts() -> None:
 def singular_matrix(size: int, rank: int, seed: int) -> Tensor:
     """Well separated eigenvalues of both signs, and zeros."""
     eigenvalues = torch.zeros(size, dtype=torch.float64)
-    eigenvalues[:rank] = torch.linspace(1, 3, rank, dtype=torch.float64) * torch.tensor([1.0, -1.0])[
-        torch.arange(rank) % 2
-    ].double()
+    eigenvalues[:rank] = (
+        torch.linspace(1, 3, rank, dtype=torch.float64) * torch.tensor([1.0, -1.0])[torch.arange(rank) % 2].double()
+    )
     return with_eigenvalues(eigenvalues, seed)
 
 

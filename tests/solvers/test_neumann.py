@@ -114,9 +114,7 @@ def test_negative_scale_serves_negative_definite_matrices(scale: float) -> None:
     torch.testing.assert_close(inverse.to_dense(), torch.linalg.inv(A), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
 def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
     A = spd_matrix(6, 5.0, 1).to(dtype)
     A = torch.triu(A) + torch.triu(A, 1).T

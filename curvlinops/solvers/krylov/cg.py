@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlinops.solvers.columns import Product
+from curvlinops.solvers.krylov.open_columns import RowProduct, dots
 from curvlinops.solvers.krylov.solve import Run
 
 
@@ -21,41 +21,38 @@ class ConjugateGradients(Run):
 
     REDUCES_ENERGY = True
 
-    def __init__(self, product: Product, precondition: Product | None, R: Tensor) -> None:
+    def __init__(self, product: RowProduct, precondition: RowProduct | None, R: Tensor) -> None:
         super().__init__(product, precondition, R)
         Z = self._preconditioned(self.R)
-        self._P, self._rho = Z.clone(), (self.R * Z).sum(0)
+        self._P, self._rho = Z.clone(), dots(self.R, Z)
         self.alpha, self.beta = torch.zeros_like(self._rho), torch.zeros_like(self._rho)
 
-    def step(self, k: Tensor) -> None:
-        """One iteration of the columns of these numbers."""
-        P = self._P[:, k]
-        AP = self._product(P)
-        curvature = (P * AP).sum(0)
-        rho = self._rho[k]
-        good = (curvature > 0) & (rho > 0)
-        self._judge(k, P, AP, curvature, good)
-        k, P, AP = k[good], P[:, good], AP[:, good]
-        if len(k) == 0:
-            return
-        alpha = rho[good] / curvature[good]
-        self.D[:, k] += alpha * P
-        R = self.R[:, k] - alpha * AP
-        Z = self._preconditioned(R)
-        new_rho = (R * Z).sum(0)
-        beta = new_rho / rho[good]
-        self.R[:, k] = R
-        self._P[:, k] = Z + beta * P
-        self._rho[k], self.alpha[k], self.beta[k] = new_rho, alpha, beta
-        self.iterations[k] += 1
+    def step(self) -> None:
+        """One iteration of the open columns."""
+        AP = self._product(self._P)
+        curvature = dots(self._P, AP)
+        good = (curvature > 0) & (self._rho > 0)
+        self._judge(AP, curvature, good)
+        self.alpha = torch.where(good, self._rho / torch.where(good, curvature, 1.0), 0.0)
+        if not bool(good.all()):
+            AP = torch.where(good.unsqueeze(1), AP, 0.0)
+        self.D.addcmul_(self._P, self.alpha.unsqueeze(1))
+        self.R.addcmul_(AP, self.alpha.unsqueeze(1), value=-1)
+        Z = self._preconditioned(self.R)
+        rho = dots(self.R, Z)
+        self.beta = rho / torch.where(self._rho == 0, 1.0, self._rho)
+        self._P.mul_(self.beta.unsqueeze(1)).add_(Z)
+        self._rho = rho
+        self.iterations += good
 
-    def _judge(self, k: Tensor, P: Tensor, AP: Tensor, curvature: Tensor, good: Tensor) -> None:
+    def _judge(self, AP: Tensor, curvature: Tensor, good: Tensor) -> None:
         """Note which columns are not good, and why."""
-        squared = P.square().sum(0)
-        self.largest[k] = torch.maximum(self.largest[k], (AP.norm(dim=0) / squared.sqrt()).nan_to_num(0.0, 0.0))
+        squared = dots(self._P, self._P)
+        size = (dots(AP, AP) / squared).sqrt()
+        self.largest = torch.maximum(self.largest, size.nan_to_num(0.0, 0.0))
         # In a direction that the matrix maps to zero, rounding alone decides the sign.
-        noise = 8 * torch.finfo(P.dtype).eps * self.largest[k] * squared
+        noise = 8 * torch.finfo(AP.dtype).eps * self.largest * squared
         # rho < 0 means that the preconditioner, not the matrix, is indefinite. NaN ends a column as well.
-        is_rounding = (curvature.abs() <= noise) & ~(self._rho[k] < 0)
-        self.stalled[k[~good & is_rounding]] = True
-        self.breakdown[k[~good & ~is_rounding]] = True
+        is_rounding = (curvature.abs() <= noise) & ~(self._rho < 0)
+        self.stalled |= ~good & is_rounding
+        self.breakdown |= ~good & ~is_rounding

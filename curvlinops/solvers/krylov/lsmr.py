@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlinops.solvers.columns import Product
+from curvlinops.solvers.krylov.open_columns import OpenColumns, RowProduct
 
 
-class LeastSquaresRun:
-    r"""One run of LSMR for min ‖R - A d‖, which makes ‖Aᵀ(R - A d)‖ smaller with each step.
+class LeastSquaresRun(OpenColumns):
+    r"""One run of LSMR for min ‖r - A d‖, which makes ‖Aᵀ(r - A d)‖ smaller with each step.
 
     Vectors u and v make A bidiagonal, with entries α and β. One sequence of plane rotations makes AᵀA's factor
     triangular, a second one the triangle of the normal equations; the corrections follow by short recurrences, and
@@ -19,21 +19,24 @@ class LeastSquaresRun:
     doi:10.1137/10079687X.
 
     Args:
-        product: X -> A X.
-        adjoint_product: Y -> Aᵀ Y.
-        R: Right-hand sides ``[rows, K]``.
+        product: The product with A.
+        adjoint_product: The product with Aᵀ.
+        R: Right-hand sides as rows ``[K, rows]``.
 
     Attributes:
-        D: The corrections so far ``[columns, K]``.
-        R: Their residuals ``[rows, K]``.
-        normal: ‖Aᵀ(R - A d)‖ by the recurrence ``[K]``.
+        D: The corrections so far ``[K, columns]``.
+        R: Their residuals ``[K, rows]``.
+        normal: ‖Aᵀ(r - A d)‖ by the recurrence ``[K]``.
         largest: A lower bound of ‖A‖ ``[K]``.
         condition: A lower bound of the condition of A ``[K]``.
         iterations: Iterations of each column ``[K]``.
         stalled: Columns for which there is nothing left to reach ``[K]``.
     """
 
-    def __init__(self, product: Product, adjoint_product: Product, R: Tensor) -> None:
+    _OUTCOME = ("D", "R", "normal", "largest", "condition", "iterations")
+
+    def __init__(self, product: RowProduct, adjoint_product: RowProduct, R: Tensor) -> None:
+        super().__init__(len(R), R.device)
         self._product, self._adjoint_product = product, adjoint_product
         self.R = R.clone()
         self._u, beta = _normalised(R)
@@ -43,64 +46,65 @@ class LeastSquaresRun:
         self._h, self._h_bar = self._v.clone(), torch.zeros_like(self._v)
         # Products of the two directions with A.
         self._Ah, self._Ah_bar = torch.zeros_like(R), torch.zeros_like(R)
-        self._alpha_bar, self._zeta_bar = self._alpha.clone(), self._alpha * beta
-        self._theta_over_rho = zeros.clone()
-        self._rho, self._rho_bar = ones.clone(), ones.clone()
-        self._cosine, self._sine = ones.clone(), zeros.clone()
-        self.normal = self._zeta_bar.clone()
-        self.largest, self.condition = zeros.clone(), ones.clone()
-        self._most, self._least = zeros.clone(), torch.full_like(beta, torch.inf)
-        self.iterations = torch.zeros(R.shape[1], dtype=torch.long, device=R.device)
+        self._alpha_bar, self._zeta_bar = self._alpha, self._alpha * beta
+        self._theta_over_rho = zeros
+        self._rho, self._rho_bar = ones, ones
+        self._cosine, self._sine = ones, zeros
+        self.normal = self._zeta_bar
+        self.largest, self.condition = zeros, ones
+        self._most, self._least = zeros, torch.full_like(beta, torch.inf)
+        self.iterations = torch.zeros_like(self.numbers)
         self.stalled = self.normal == 0
 
-    def step(self, k: Tensor) -> None:
-        """One iteration of the columns of these numbers: a product with A, and one with its adjoint."""
-        Av = self._product(self._v[:, k])
-        self._Ah[:, k] = Av - self._theta_over_rho[k] * self._Ah[:, k]
-        u, beta = _normalised(Av - self._alpha[k] * self._u[:, k])
-        v, alpha = _normalised(self._adjoint_product(u) - beta * self._v[:, k])
-        self.largest[k] = torch.maximum(self.largest[k], torch.hypot(self._alpha[k], beta))
-        rho, theta = self._first_rotation(k, alpha, beta)
-        old = self._rho[k] * self._rho_bar[k]
-        theta_bar = self._sine[k] * rho
-        rho_bar, zeta = self._second_rotation(k, rho, theta)
+    def step(self) -> None:
+        """One iteration of the open columns: a product with A, and one with its adjoint."""
+        Av = self._product(self._v)
+        self._Ah = Av - self._theta_over_rho.unsqueeze(1) * self._Ah
+        u, beta = _normalised(torch.addcmul(Av, self._u, self._alpha.unsqueeze(1), value=-1))
+        v, alpha = _normalised(torch.addcmul(self._adjoint_product(u), self._v, beta.unsqueeze(1), value=-1))
+        self.largest = torch.maximum(self.largest, torch.hypot(self._alpha, beta))
+        rho, theta = self._first_rotation(alpha, beta)
+        old = self._rho * self._rho_bar
+        theta_bar = self._sine * rho
+        rho_bar, zeta = self._second_rotation(rho, theta)
         good = (rho > 0) & (rho_bar > 0) & rho_bar.isfinite()
-        self.stalled[k[~good]] = True
-        self._correct(k[good], (theta_bar * rho / old)[good], (zeta / (rho * rho_bar))[good])
-        self._u[:, k], self._v[:, k], self._alpha[k] = u, v, alpha
-        self._theta_over_rho[k] = torch.where(good, theta / rho, 0.0)
-        self._h[:, k] = v - self._theta_over_rho[k] * self._h[:, k]
-        self._rho[k], self._rho_bar[k] = torch.where(good, rho, 1.0), torch.where(good, rho_bar, 1.0)
-        self.stalled[k[(alpha == 0) | (beta == 0)]] = True
-        self.iterations[k] += 1
+        divisor = torch.where(good, rho * rho_bar, 1.0)
+        self._correct(good, theta_bar * rho / old, zeta / divisor)
+        self._rho, self._rho_bar = torch.where(good, rho, 1.0), torch.where(good, rho_bar, 1.0)
+        self._u, self._v, self._alpha = u, v, alpha
+        self._theta_over_rho = torch.where(good, theta / self._rho, 0.0)
+        self._h = torch.addcmul(v, self._h, self._theta_over_rho.unsqueeze(1), value=-1)
+        self.stalled |= ~good | (alpha == 0) | (beta == 0)
+        self.iterations += 1
 
-    def _first_rotation(self, k: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        rho = torch.hypot(self._alpha_bar[k], beta)
+    def _first_rotation(self, alpha: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        rho = torch.hypot(self._alpha_bar, beta)
         theta = beta / rho * alpha
-        self._alpha_bar[k] = self._alpha_bar[k] / rho * alpha
+        self._alpha_bar = self._alpha_bar / rho * alpha
         return rho, theta
 
-    def _second_rotation(self, k: Tensor, rho: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        diagonal = self._cosine[k] * rho
+    def _second_rotation(self, rho: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        diagonal = self._cosine * rho
         rho_bar = torch.hypot(diagonal, theta)
-        self._cosine[k], self._sine[k] = diagonal / rho_bar, theta / rho_bar
-        zeta = self._cosine[k] * self._zeta_bar[k]
-        self._zeta_bar[k] = -self._sine[k] * self._zeta_bar[k]
-        self.normal[k] = self._zeta_bar[k].abs()
-        is_later = self.iterations[k] > 0
-        self._most[k] = torch.maximum(self._most[k], torch.where(is_later, self._rho_bar[k], 0.0))
-        self._least[k] = torch.minimum(self._least[k], torch.where(is_later, self._rho_bar[k], torch.inf))
-        self.condition[k] = torch.maximum(self._most[k], diagonal) / torch.minimum(self._least[k], diagonal)
+        self._cosine, self._sine = diagonal / rho_bar, theta / rho_bar
+        zeta = self._cosine * self._zeta_bar
+        self._zeta_bar = -self._sine * self._zeta_bar
+        self.normal = self._zeta_bar.abs()
+        is_later = self.iterations > 0
+        self._most = torch.maximum(self._most, torch.where(is_later, self._rho_bar, 0.0))
+        self._least = torch.minimum(self._least, torch.where(is_later, self._rho_bar, torch.inf))
+        self.condition = torch.maximum(self._most, diagonal) / torch.minimum(self._least, diagonal)
         return rho_bar, zeta
 
-    def _correct(self, k: Tensor, share: Tensor, length: Tensor) -> None:
-        self._h_bar[:, k] = self._h[:, k] - share * self._h_bar[:, k]
-        self._Ah_bar[:, k] = self._Ah[:, k] - share * self._Ah_bar[:, k]
-        self.D[:, k] += length * self._h_bar[:, k]
-        self.R[:, k] -= length * self._Ah_bar[:, k]
+    def _correct(self, good: Tensor, share: Tensor, length: Tensor) -> None:
+        share, length = (torch.where(good, t, 0.0).unsqueeze(1) for t in (share, length))
+        self._h_bar = torch.addcmul(self._h, self._h_bar, share, value=-1)
+        self._Ah_bar = torch.addcmul(self._Ah, self._Ah_bar, share, value=-1)
+        self.D.addcmul_(self._h_bar, length)
+        self.R.addcmul_(self._Ah_bar, length, value=-1)
 
 
 def _normalised(U: Tensor) -> tuple[Tensor, Tensor]:
-    """The columns with unit norm, and their norms."""
-    norms = U.norm(dim=0)
-    return U / torch.where(norms > 0, norms, 1.0), norms
+    """The rows with unit norm, and their norms."""
+    norms = U.norm(dim=1)
+    return U / torch.where(norms > 0, norms, 1.0).unsqueeze(1), norms

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from curvlinops.solvers.columns import Product
 from curvlinops.solvers.krylov.cg import ConjugateGradients
+from curvlinops.solvers.krylov.open_columns import RowProduct
 from curvlinops.solvers.watch import Watch
 
 
@@ -28,57 +28,71 @@ class MultiShift:
     **Reference**: Jegerlehner (1996), Krylov space solvers for shifted linear systems, arXiv:hep-lat/9612014.
 
     Args:
-        product: X -> (A + λ_0 I) X.
-        B: Right-hand sides ``[D, K]``.
+        product: The product with A + λ_0 I.
+        B: Right-hand sides as rows ``[K, D]``.
         shifts: λ_s - λ_0, ascending, the first of them zero ``[S]``.
+
+    Attributes:
+        X: The solutions so far ``[S, K, D]``.
+        iterations: Iterations of each ``[S, K]``.
     """
 
-    def __init__(self, product: Product, B: Tensor, shifts: Tensor) -> None:
+    def __init__(self, product: RowProduct, B: Tensor, shifts: Tensor) -> None:
         self._run = ConjugateGradients(product, None, B)
-        self._shifts = shifts.to(B.dtype).unsqueeze(1)  # [S, 1]
-        many = (len(shifts), B.shape[1])
-        self.X = B.new_zeros(many[0], *B.shape)
+        self._shifts = shifts.to(B.dtype).unsqueeze(1)
+        many = (len(shifts), len(B))
+        self.X = B.new_zeros(*many, B.shape[1])
+        self.iterations = torch.zeros(many, dtype=torch.long, device=B.device)
+        # The state of the open columns, which are the second axis here.
         self._P = B.expand_as(self.X).clone()
         self._zeta, self._tau = B.new_ones(many), B.new_ones(many)
-        self.iterations = torch.zeros(many, dtype=torch.long, device=B.device)
 
     def advance(self, rtol: float, max_iter: int, watch: Watch) -> None:
         """Iterate until the recurrences say that every system is solved, or the watch says that it is time."""
-        scale = self._run.R.norm(dim=0)
+        run = self._run
+        scale = run.R.norm(dim=1)
         target = max(rtol, torch.finfo(scale.dtype).eps / 16) * scale
         verifying = self.iterations.numel()
-        is_open = (self._residuals() > target) & (scale > 0)
-        while bool(is_open.any()) and watch.num_iterations < max_iter:
-            k = is_open[0].nonzero().squeeze(1)
-            if not watch.allows(len(k) + verifying):
+        is_open = (scale > 0) & scale.isfinite() & torch.ones_like(self._zeta, dtype=torch.bool)
+        self._retire(is_open)
+        is_open = is_open[:, run.numbers]
+        while len(run.numbers) and watch.num_iterations < max_iter:
+            if not watch.allows(len(run.numbers) + verifying):
                 return
-            self._step(k, is_open)
-            watch.tick(self._run.R.norm(dim=0) / torch.where(scale > 0, scale, 1.0))
-            is_open = is_open & (self._residuals() > target) & ~self._run.breakdown & ~self._run.stalled
+            self._step(is_open)
+            norms = run.R.norm(dim=1)
+            watch.tick(norms / scale[run.numbers])
+            is_open &= (self._zeta * norms > target[run.numbers]) & ~run.breakdown & ~run.stalled
+            is_open = is_open[:, self._retire(is_open)]
 
     @property
     def largest(self) -> Tensor:
         """A lower bound of the norm of the matrix with the smallest shift ``[K]``."""
-        return self._run.largest
+        return self._run.outcome()["largest"]
 
-    def _residuals(self) -> Tensor:
-        """Norms of the residuals by the recurrences ``[S, K]``."""
-        norms: Tensor = self._run.R.norm(dim=0)
-        return self._zeta * norms
+    def _retire(self, is_open: Tensor) -> Tensor:
+        """Take out the columns for which every shift is done; which of the open ones remain."""
+        remaining = is_open.any(0)
+        if not bool(remaining.all()):
+            self._P, self._zeta, self._tau = (t[:, remaining] for t in (self._P, self._zeta, self._tau))
+            self._run.retire(~remaining)
+        return remaining
 
-    def _step(self, k: Tensor, is_open: Tensor) -> None:
+    def _step(self, is_open: Tensor) -> None:
         run = self._run
-        before, old_alpha, old_beta = run.iterations.clone(), run.alpha.clone(), run.beta.clone()
-        run.step(k)
+        before, old_alpha, old_beta = run.iterations.clone(), run.alpha, run.beta
+        run.step()
         moved = is_open & (run.iterations > before)
         pull = torch.where(old_alpha > 0, run.alpha * old_beta / old_alpha, 0.0) * (1.0 - self._tau)
-        tau = 1.0 / (1.0 + self._shifts * run.alpha + pull)
-        tau = torch.where(moved, tau, self._tau)
-        num_open = int(moved.any(1).sum())
-        alpha = torch.where(moved, run.alpha * tau, 0.0)
-        zeta = torch.where(moved, self._zeta * tau, self._zeta)
-        for s in range(num_open):
-            self.X[s].addcmul_(self._P[s], alpha[s])
-            self._P[s].mul_(run.beta * tau[s].square()).addcmul_(run.R, zeta[s])
-        self._tau, self._zeta = tau, zeta
-        self.iterations += moved
+        self._tau = torch.where(moved, 1.0 / (1.0 + self._shifts * run.alpha + pull), self._tau)
+        alpha = torch.where(moved, run.alpha * self._tau, 0.0)
+        self._zeta = torch.where(moved, self._zeta * self._tau, self._zeta)
+        beta = run.beta * self._tau.square()
+        is_whole = len(run.numbers) == self.X.shape[1]
+        for s in range(int(moved.any(1).sum())):
+            if is_whole:
+                self.X[s].addcmul_(self._P[s], alpha[s].unsqueeze(1))
+            else:
+                self.X[s, run.numbers] += alpha[s].unsqueeze(1) * self._P[s]
+            self._P[s].mul_(beta[s].unsqueeze(1)).addcmul_(run.R, self._zeta[s].unsqueeze(1))
+        self.iterations[:, run.numbers] += moved

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from curvlinops.solvers.columns import Product
 from curvlinops.solvers.info import SolveInfo, relative
+from curvlinops.solvers.krylov.open_columns import OpenColumns, RowProduct, dots
 from curvlinops.solvers.watch import Watch
 
 #: What recurrences aim at, as a share of the tolerance, so that rounding does not put the true residual above it.
@@ -19,44 +19,44 @@ _MARGIN = 0.95
 _ROUNDING = 0.3
 
 
-class Run(ABC):
-    """One run of a method's recurrences for A D = R; columns that are done leave the products.
+class Run(OpenColumns, ABC):
+    """One run of a method's recurrences for A d = r.
 
     Args:
-        product: X -> A X.
-        precondition: R -> P R with P ≈ A⁻¹ symmetric positive definite, or ``None``.
-        R: Right-hand sides ``[D, K]``, the residuals of the iterates that are to be corrected.
+        product: The product with A.
+        precondition: The product with P ≈ A⁻¹, symmetric positive definite, or ``None``.
+        R: Right-hand sides as rows ``[K, D]``: the residuals of the iterates that are to be corrected.
 
     Attributes:
-        D: The corrections so far ``[D, K]``.
-        R: The residuals that the recurrences give for them ``[D, K]``.
+        D: The corrections so far ``[K, D]``.
+        R: The residuals that the recurrences give for them ``[K, D]``.
         iterations: Iterations of each column ``[K]``.
         breakdown: Whether the matrix or the preconditioner turned out not to be what the method needs ``[K]``.
         stalled: Whether only rounding would move the column ``[K]``.
         largest: A lower bound of ‖A‖, from the products made ``[K]``.
     """
 
+    _OUTCOME = ("D", "R", "iterations", "breakdown", "stalled", "largest")
     #: Whether each step makes xᵀAx/2 - bᵀx smaller, though maybe not the residual.
     REDUCES_ENERGY: ClassVar[bool] = False
     #: What share of its residual a run must leave at most for another one to be worth it.
     RESTARTS_BELOW: ClassVar[float] = 0.5
 
-    def __init__(self, product: Product, precondition: Product | None, R: Tensor) -> None:
+    def __init__(self, product: RowProduct, precondition: RowProduct | None, R: Tensor) -> None:
+        super().__init__(len(R), R.device)
         self._product, self._precondition = product, precondition
-        self.R = R.clone()
-        self.D = torch.zeros_like(R)
-        num_columns = R.shape[1]
-        self.iterations = torch.zeros(num_columns, dtype=torch.long, device=R.device)
-        self.breakdown = torch.zeros(num_columns, dtype=torch.bool, device=R.device)
+        self.R, self.D = R.clone(), torch.zeros_like(R)
+        self.iterations = torch.zeros_like(self.numbers)
+        self.breakdown = torch.zeros_like(self.numbers, dtype=torch.bool)
         self.stalled = torch.zeros_like(self.breakdown)
-        self.largest = R.new_zeros(num_columns)
+        self.largest = R.new_zeros(len(R))
 
     def _preconditioned(self, R: Tensor) -> Tensor:
         return R if self._precondition is None else self._precondition(R)
 
     @abstractmethod
-    def step(self, k: Tensor) -> None:
-        """One iteration of the columns of these numbers."""
+    def step(self) -> None:
+        """One iteration of the open columns."""
 
 
 class Solve:
@@ -66,10 +66,10 @@ class Solve:
     residual is computed, and the column starts again from there as long as that helps.
 
     Args:
-        start: Makes a run for residuals ``[D, K]``.
-        product: X -> A X, counted by the watch.
-        B: Right-hand sides ``[D, K]``.
-        X: First iterate, or ``None`` for zero.
+        start: Makes a run for residuals ``[K, D]``.
+        product: The product with A, counted by the watch.
+        B: Right-hand sides as rows ``[K, D]``.
+        X: First iterate ``[K, D]``, or ``None`` for zero.
         rtol: Relative residual at which a column stops.
         max_iter: Iterations at most, counted per column.
         eps: Relative accuracy of the products.
@@ -83,7 +83,7 @@ class Solve:
     def __init__(
         self,
         start: Callable[[Tensor], Run],
-        product: Product,
+        product: RowProduct,
         B: Tensor,
         X: Tensor | None,
         rtol: float,
@@ -94,25 +94,22 @@ class Solve:
     ) -> None:
         self._start, self._product, self._watch = start, product, watch
         self._rtol, self._max_iter, self._eps = rtol, max_iter, eps
-        size = B.abs().amax(0)
-        # Powers of two, so that neither squares of small numbers vanish nor those of large ones overflow.
-        self._unit = torch.where((size > 0) & size.isfinite(), torch.exp2(size.log2().round()), 1.0)
+        self._unit = power_of_two(B)
         self._B = B / self._unit
-        self._scale = self._B.norm(dim=0)
+        self._scale = self._B.norm(dim=1)
         self._X = torch.zeros_like(self._B) if X is None else X / self._unit
-        self._X[:, self._scale == 0] = 0
+        self._X[self._scale == 0] = 0
         self._R = self._B.clone()
         self._residual = relative(self._R, self._scale)
-        num_columns = B.shape[1]
-        self._iterations = torch.zeros(num_columns, dtype=torch.long, device=B.device)
-        self._breakdown = torch.zeros(num_columns, dtype=torch.bool, device=B.device)
-        self._largest = self._scale.new_zeros(num_columns) if largest is None else largest
-        self._size = torch.zeros_like(self._largest)
+        self._iterations = torch.zeros_like(self._scale, dtype=torch.long)
+        self._breakdown = torch.zeros_like(self._scale, dtype=torch.bool)
+        self._largest = torch.zeros_like(self._scale) if largest is None else largest
+        self._size = torch.zeros_like(self._scale)
         self._history: list[Tensor] = []
         self._running: tuple[Tensor, Run] | None = None
 
     def run(self) -> Tensor:
-        """Iterate; the solutions ``[D, K]``."""
+        """Iterate; the solutions ``[K, D]``."""
         if bool(self._X.any()):
             self._R = self._B - self._product(self._X)
             self._residual = relative(self._R, self._scale)
@@ -123,7 +120,7 @@ class Solve:
             chosen = open_columns.nonzero().squeeze(1)
             if not self._watch.allows(2 * len(chosen)):
                 break
-            run = self._start(self._R[:, chosen])
+            run = self._start(self._R[chosen])
             self._running = chosen, run
             self._advance(chosen, run)
             open_columns = torch.zeros_like(open_columns)
@@ -135,83 +132,86 @@ class Solve:
     def _advance(self, chosen: Tensor, run: Run) -> None:
         """Iterate until every column has converged by its recurrence, broken down or used its budget."""
         budget = self._max_iter - self._iterations[chosen]
-        scale = self._scale[chosen]
         # Below rounding the recurrence says nothing: without this, a tolerance of zero would never be checked.
-        target = max(_MARGIN * self._rtol, torch.finfo(run.R.dtype).eps / 16) * scale
-        active = budget > 0
-        while bool(active.any()):
-            k = active.nonzero().squeeze(1)
-            if not self._watch.allows(len(k) + len(chosen)):
-                return
-            run.step(k)
-            norms = run.R.norm(dim=0)
-            self._note(chosen, norms / scale)
-            active = active & (norms > target) & ~run.breakdown & ~run.stalled & (run.iterations < budget)
+        target = max(_MARGIN * self._rtol, torch.finfo(run.R.dtype).eps / 16) * self._scale[chosen]
+        run.retire((budget <= 0) | run.stalled | run.breakdown)
+        while len(run.numbers) and self._watch.allows(len(run.numbers) + len(chosen)):
+            run.step()
+            norms = run.R.norm(dim=1)
+            self._note(chosen[run.numbers], norms)
+            is_short = (norms > target[run.numbers]) & (run.iterations < budget[run.numbers])
+            run.retire(~is_short | run.breakdown | run.stalled)
 
-    def _note(self, chosen: Tensor, residual: Tensor) -> None:
+    def _note(self, numbers: Tensor, norms: Tensor) -> None:
         latest = self._history[-1].clone()
-        latest[chosen] = residual
+        latest[numbers] = norms / self._scale[numbers]
         self._history.append(latest)
         self._watch.tick(latest)
 
     def _take(self, chosen: Tensor, run: Run, is_first_run: bool) -> Tensor:
         """Correct the columns by a run where that helps, and say which of them may go on."""
-        X, R, B = self._X[:, chosen], self._R[:, chosen], self._B[:, chosen]
-        new_X = X + run.D
+        found = run.outcome()
+        X, R, B = self._X[chosen], self._R[chosen], self._B[chosen]
+        new_X = X + found["D"]
         new_R = B - self._product(new_X)
         before, now = self._residual[chosen], relative(new_R, self._scale[chosen])
+        size = relative(new_X, self._scale[chosen])
+        self._largest[chosen] = torch.maximum(self._largest[chosen], found["largest"])
         # What a restart made worse is thrown away, and what a singular matrix blew up. A run of conjugate gradients
         # that was merely short is kept: the error falls with each step even where the residual rises.
-        better = now.isfinite() & (now <= before)
+        better = now.isfinite() & (now + self._rounding(now, self._largest[chosen] * size) <= before)
         if run.REDUCES_ENERGY and is_first_run:
             nearer = _energy(new_X, B, new_R) < _energy(X, B, R)
-            better |= now.isfinite() & nearer & ~run.stalled
+            better |= now.isfinite() & nearer & ~found["stalled"]
         # Also a solution that is thrown away tells how large it is, and with that what precision allows.
-        self._size[chosen] = torch.where(better, self._size[chosen], relative(new_X, self._scale[chosen]))
+        self._size[chosen] = torch.where(better, self._size[chosen], size)
         kept = chosen[better]
-        self._X[:, kept], self._R[:, kept] = new_X[:, better], new_R[:, better]
+        self._X[kept], self._R[kept] = new_X[better], new_R[better]
         self._residual[kept] = now[better]
-        self._iterations[chosen] += run.iterations
-        self._breakdown[chosen] |= run.breakdown
-        self._largest[chosen] = torch.maximum(self._largest[chosen], run.largest)
+        self._iterations[chosen] += found["iterations"]
+        self._breakdown[chosen] |= found["breakdown"]
         helped = now < run.RESTARTS_BELOW * before
         has_time = self._iterations[chosen] < self._max_iter
-        return helped & ~run.breakdown & has_time & ~self._converged()[chosen]
+        return helped & ~found["breakdown"] & has_time & ~self._converged()[chosen]
 
     @property
-    def _attainable(self) -> Tensor:
-        return self._eps * self._largest * torch.maximum(self._size, relative(self._X, self._scale))
+    def _magnitude(self) -> Tensor:
+        """‖A‖ ‖x‖ / ‖b‖."""
+        return self._largest * torch.maximum(self._size, relative(self._X, self._scale))
+
+    def _rounding(self, residual: Tensor, magnitude: Tensor) -> Tensor:
+        """By how much a recomputed residual may be wrong; hardly by more than it shows itself."""
+        return torch.minimum(_ROUNDING * self._eps * magnitude, residual.clamp(min=self._eps / 4))
 
     def _converged(self) -> Tensor:
-        # Rounding that a small residual does not show can hardly be larger than it.
-        rounding = torch.minimum(_ROUNDING * self._attainable, self._residual.clamp(min=self._eps / 4))
-        return self._residual + rounding <= self._rtol
+        return self._residual + self._rounding(self._residual, self._magnitude) <= self._rtol
 
     @property
     def info(self) -> SolveInfo:
         """What was done so far."""
         if self._running is not None:
             return self._interrupted(*self._running)
-        return self._info(self._X, self._residual, self._iterations)
+        return self._info(self._residual, self._iterations)
 
     def _interrupted(self, chosen: Tensor, run: Run) -> SolveInfo:
         """What there is in the middle of a run: its corrections where its own residuals are smaller."""
+        found = run.outcome()
         X, residual, iterations = self._X.clone(), self._residual.clone(), self._iterations.clone()
-        now = relative(run.R, self._scale[chosen])
-        better = now.isfinite() & ((now < residual[chosen]) | run.REDUCES_ENERGY) & run.D.isfinite().all(0)
-        X[:, chosen[better]] += run.D[:, better]
+        now = relative(found["R"], self._scale[chosen])
+        better = now.isfinite() & ((now < residual[chosen]) | run.REDUCES_ENERGY) & found["D"].isfinite().all(1)
+        X[chosen[better]] += found["D"][better]
         residual[chosen[better]] = now[better]
-        iterations[chosen] += run.iterations
-        return self._info(X, residual, iterations, X * self._unit)
+        iterations[chosen] += found["iterations"]
+        return self._info(residual, iterations, (X * self._unit).T)
 
-    def _info(self, X: Tensor, residual: Tensor, iterations: Tensor, solution: Tensor | None = None) -> SolveInfo:
+    def _info(self, residual: Tensor, iterations: Tensor, solution: Tensor | None = None) -> SolveInfo:
         converged = self._converged() & (solution is None)
         return SolveInfo(
             num_iterations=iterations,
             residual_norm=residual,
             converged=converged,
             breakdown=self._breakdown & ~converged,
-            attainable=self._attainable,
+            attainable=self._eps * self._magnitude,
             num_matvecs=self._watch.num_matvecs,
             seconds=self._watch.seconds,
             ended_by=self._watch.ended_by if solution is None else "interrupt",
@@ -220,6 +220,15 @@ class Solve:
         )
 
 
+def power_of_two(B: Tensor) -> Tensor:
+    """A power of two near the largest entry of each row ``[K, 1]``; 1 for rows of zeros and ones that are not finite.
+
+    Divided by it, neither squares of small numbers vanish nor those of large ones overflow, and nothing is rounded.
+    """
+    size = B.abs().amax(1, keepdim=True)
+    return torch.where((size > 0) & size.isfinite(), torch.exp2(size.log2().round()), 1.0)
+
+
 def _energy(X: Tensor, B: Tensor, R: Tensor) -> Tensor:
     """xᵀAx/2 - bᵀx of each column with A x = b - r, which conjugate gradients make smaller with each step."""
-    return -(X * (B + R)).sum(0) / 2
+    return -dots(X, B + R) / 2

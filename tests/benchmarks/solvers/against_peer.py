@@ -9,15 +9,19 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.client import Client, Setting
 from tests.benchmarks.client import Answer as Reply
+from tests.benchmarks.client import Client, Setting
 from tests.benchmarks.solvers import problems
 from tests.benchmarks.solvers.plan import RESIDUAL, Plan
 from tests.benchmarks.solvers.race import Answer, Contender, race
 
 SETTING = Setting(device="cpu", dtype="float64", tf32=False, gib=0, timeout=300)
-TOLERANCES = [10.0**-digits for digits in range(6, 15)]
+TOLERANCES = [1e-6, 1e-7, 1e-8, 1e-9, 1e-10]
 """What the peer is asked for, until its true residual is small enough."""
+TINY_EPS = 1e-30
+"""What its ``eps``, a number added to denominators, is set to: by its own, 1e-10, it stops above the residual."""
+SMALLEST_WITH_OWN_EPS = 1e-3
+SMALLEST_BY_DEFAULT = 1e-4
 
 
 class SolverClient(Client):
@@ -52,40 +56,39 @@ class Duel:
         answer["residual"] = problems.residual(problems.ggn_product, self.problem, damping, torch.load(path), b)
         return answer
 
-    def peer_tolerance(self, right: str, damping: float) -> tuple[float | None, list[Answer]]:
-        """The first tolerance by which the peer gets there, or None; and all trials."""
+    def peer_options(self, right: str, damping: float, products: int) -> tuple[dict[str, float] | None, list[Answer]]:
+        """The first options by which the peer gets there, or None; and all trials.
+
+        Its own ``eps`` is tried where that is cheap, with up to twice our products.
+        """
+        most = 2 * products + 20
+        own: list[dict[str, float]] = [{"tolerance": RESIDUAL}] if damping >= SMALLEST_WITH_OWN_EPS else []
         trials: list[Answer] = []
-        for tolerance in TOLERANCES:
-            answer = self.solve("peer", right, damping, tolerance=tolerance, max_iter=self.plan.max_iter)
-            trials.append({"tolerance": tolerance, **answer})
-            if "error" in answer or answer["residual"] <= RESIDUAL:
-                return (None if "error" in answer else tolerance), trials
-            if len(trials) > 1 and answer["products"] == trials[-2]["products"]:
+        for asked in own + [{"tolerance": tolerance, "eps": TINY_EPS} for tolerance in TOLERANCES]:
+            options = {**asked, "max_iter": most}
+            answer = self.solve("peer", right, damping, **options)
+            trials.append({"options": options, **answer})
+            if "error" not in answer and answer["residual"] <= RESIDUAL:
+                return options, trials
+            if "eps" in asked and ("error" in answer or answer["products"] >= most):
                 break  # asking for more changes nothing
         return None, trials
 
     def compare(self, right: str, damping: float) -> Answer:
         """Race to the same residual, then what both reach by default."""
-        most = self.plan.max_iter
-        contenders: dict[str, Contender] = {
-            "ours": lambda: self.solve("ours", right, damping, tolerance=RESIDUAL, max_iter=most)
-        }
-        trials: list[Answer] = []
-        tolerance = None
+        options = {"tolerance": RESIDUAL, "max_iter": self.plan.max_iter}
+        contenders: dict[str, Contender] = {"ours": lambda: self.solve("ours", right, damping, **options)}
+        first, trials = contenders["ours"](), []
+        peer = None
         if "peer" in self.clients:
-            tolerance, trials = self.peer_tolerance(right, damping)
-            if tolerance is not None:
-                contenders["peer"] = lambda: self.solve("peer", right, damping, tolerance=tolerance, max_iter=most)
-        found = race(contenders, self.plan.effort)
-        defaults = {label: self.solve(label, right, damping) for label in self.clients}
-        return {
-            "right": right,
-            "damping": damping,
-            **found,
-            "peer_tolerance": tolerance,
-            "peer_trials": trials,
-            "defaults": defaults,
-        }
+            peer, trials = self.peer_options(right, damping, first["products"])
+            if peer is not None:
+                contenders["peer"] = lambda: self.solve("peer", right, damping, **peer)
+        row: Answer = {"right": right, "damping": damping, "peer_options": peer, "peer_trials": trials}
+        row |= race(contenders, self.plan.effort)
+        if right == "gradient" and damping >= SMALLEST_BY_DEFAULT:
+            row["defaults"] = {label: self.solve(label, right, damping) for label in self.clients}
+        return row
 
 
 @contextmanager
@@ -112,7 +115,9 @@ def run(plan: Plan) -> Answer:
             for damping in plan.dampings:
                 rows.append(duel.compare(right, damping))
                 print(describe(rows[-1]), flush=True)
-        environments = {c.label: {k: v for k, v in c.hello.items() if k not in ("ok", "location")} for c in clients.values()}
+        environments = {
+            c.label: {k: v for k, v in c.hello.items() if k not in ("ok", "location")} for c in clients.values()
+        }
     return {"network": plan.network, "facts": problems.facts(duel.problem), "environments": environments, "rows": rows}
 
 
@@ -123,4 +128,4 @@ def describe(row: Answer) -> str:
         side = row.get(label)
         figures = "not reached" if side is None else f"{side['products']:.0f} products, {side['cpu']:.2f} s"
         words.append(f"{label} {figures};")
-    return " ".join([*words, f"the peer's tolerance {row['peer_tolerance']}"])
+    return " ".join([*words, f"the peer's options {row['peer_options']}"])

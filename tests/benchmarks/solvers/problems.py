@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ SEED = 0
 
 def _mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:]):
+    for inputs, outputs in pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -75,7 +76,9 @@ def trained(name: str, num_data: int | None = None, num_batches: int = 3) -> Pro
     optimizer.zero_grad()
     X, y = X[:num_data], y[:num_data]
     size = -(-len(X) // num_batches)
-    return Problem(model.eval(), nn.CrossEntropyLoss(), list(model.parameters()), list(zip(X.split(size), y.split(size))))
+    return Problem(
+        model.eval(), nn.CrossEntropyLoss(), list(model.parameters()), list(zip(X.split(size), y.split(size)))
+    )
 
 
 def right_sides(problem: Problem) -> dict[str, Tensor]:
@@ -152,7 +155,9 @@ def hessian_product(problem: Problem, v: Tensor) -> Tensor:
     return total / _num_data(problem)
 
 
-def residual(product: Callable[[Problem, Tensor], Tensor], problem: Problem, damping: float, x: Tensor, b: Tensor) -> float:
+def residual(
+    product: Callable[[Problem, Tensor], Tensor], problem: Problem, damping: float, x: Tensor, b: Tensor
+) -> float:
     """The largest ‖b - (A + c I) x‖ / ‖b‖ over the columns."""
     pairs = zip(x.reshape(len(x), -1).T, b.reshape(len(b), -1).T)
     return max(float((b - product(problem, x) - damping * x).norm() / b.norm()) for x, b in pairs)

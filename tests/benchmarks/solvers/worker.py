@@ -80,8 +80,9 @@ def main() -> None:
     here = str(Path(__file__).resolve().parent)
     sys.path[:] = [entry for entry in sys.path if entry not in ("", here)]
     try:
-        import curvlinops
         import torch
+
+        import curvlinops
 
         sys.path.append(str(ROOT))
         from tests.benchmarks.worker import answer
