@@ -163,6 +163,17 @@ def test_orthogonal_to_the_range_and_zero() -> None:
     assert (started @ torch.zeros(12).double()).abs().max() == 0
 
 
+def test_orthogonal_to_the_range_but_for_rounding_ends() -> None:
+    """A run that has no step to make is not begun again."""
+    for seed in range(40):
+        J, b = 1e5 * noise(20, 1, seed=seed), noise(20, seed=seed + 999)
+        b = b - J[:, 0] * (J[:, 0] @ b) / (J[:, 0] @ J[:, 0])
+        A = CountingMatrix(J)
+        with noting_warnings():
+            x = LSMRInverseLinearOperator(A, 1.0) @ b
+        assert x.abs().max() <= 1e-15 and A.count < 100
+
+
 def test_zero_operator() -> None:
     inverse = LSMRInverseLinearOperator(TensorLinearOperator(torch.zeros(4, 3).double()))
     assert (inverse @ noise(4, 2)).abs().max() == 0

@@ -212,11 +212,8 @@ def _indefinite(results: Results) -> list[str]:
         "streamed": "SciPy, ``to_scipy()``",
         "kept": "SciPy, ``linearize().to_scipy()``",
     }
-    rows = [
-        (f"{RIGHT[r['right']]}, {r['damping']:g} (from {r['smallest']:.2g} to {r['largest']:.2g})", r["sides"])
-        for r in part["rows"]
-    ]
-    first = "right-hand side, damping (eigenvalues)"
+    rows = [(f"{r['damping']:g} (from {r['smallest']:.2g} to {r['largest']:.2g})", r["sides"]) for r in part["rows"]]
+    first = "damping (eigenvalues)"
     return [_network(part), "", *_sides(f"To the residual {RESIDUAL:g}", rows, titles, first)]
 
 

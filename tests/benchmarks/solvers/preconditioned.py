@@ -76,7 +76,7 @@ def run(plan: Plan) -> Answer:
         right = {**problems.right_sides(problem), "columns": problems.random_columns(problem, SHARED_COLUMNS)}
         rows = []
         for name, B in right.items():
-            for damping in plan.hard_dampings if name != "columns" else plan.hard_dampings[1:4]:
+            for damping in plan.hard_dampings if name != "columns" else plan.shared_dampings:
                 rows.append({"right": name, "damping": damping, **_compare(plan, problem, damping, B)})
                 print(_describe(network, rows[-1]), flush=True)
         networks.append({"network": network, "facts": problems.facts(problem), "rows": rows})

@@ -46,15 +46,20 @@ def contender(run: Callable[[], Any], facts: Callable[[Any], Answer]) -> Contend
     return measured
 
 
-def race(contenders: dict[str, Contender], effort: Effort) -> dict[str, Answer]:
+def race(contenders: dict[str, Contender], effort: Effort, first: dict[str, Answer] | None = None) -> dict[str, Answer]:
     """Run all contenders in turn, in rounds.
+
+    Args:
+        contenders: What is compared.
+        effort: How often.
+        first: The answers of a first round, where there has been one.
 
     Returns:
         For each contender its facts, medians of the seconds, and as ``ratio`` the median over the rounds of its CPU
         time in units of the first contender's.
     """
     start, base = time.monotonic(), next(iter(contenders))
-    first = {label: run() for label, run in contenders.items()}
+    first = {label: run() for label, run in contenders.items()} if first is None else first
     is_slow = sum(answer["cpu"] for answer in first.values()) > SLOW_SECONDS or effort.repeats == 1
     rounds = [first] if is_slow else []
     while len(rounds) < effort.repeats and (not rounds or time.monotonic() - start < effort.seconds):
