@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.estimators.estimate import Estimate, SampleMean, independent
-from curvlinops.estimators.probes import Sampler, checked_count
+from curvlinops.estimators.probes import Sampler
 from curvlinops.operators.base import LinearOperator
+from curvlinops.solvers.checks import checked_count
 from curvlinops.solvers.random_vectors import DEFAULT_SEED
 
 #: Maps probes V ``[D, k]`` and products A V to samples ``[..., k]``.

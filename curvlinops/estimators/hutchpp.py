@@ -7,9 +7,10 @@ from torch import Generator, Tensor
 
 from curvlinops.estimators.estimate import EstimateWithError, SampleMean, dependent, exact
 from curvlinops.estimators.hutchinson import trace_samples
-from curvlinops.estimators.probes import Sampler, checked_count
+from curvlinops.estimators.probes import Sampler
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.exact import exact_diagonal
+from curvlinops.solvers.checks import checked_count
 from curvlinops.solvers.random_vectors import DEFAULT_SEED
 
 

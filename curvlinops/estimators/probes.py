@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -13,36 +12,12 @@ from tqdm import tqdm
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
+from curvlinops.solvers.checks import checked_count
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.random_vectors import check_distribution, draw_columns, generator_for
 
 #: Numbers of a chunk of probes, or of products with it, that are held at once by default.
 _CHUNK_NUMEL = 2**26
-
-
-def checked_count(value: int, at_least: int, what: str, even: bool = False) -> int:
-    """A number of products, if it is an integer, large enough, and even where it must be.
-
-    Args:
-        value: The number.
-        at_least: The smallest that is allowed.
-        what: How errors call it, and for what it is needed.
-        even: Whether it must be even.
-
-    Raises:
-        TypeError: If it is no integer.
-        ValueError: If it is too small, or odd.
-    """
-    kind = "an even integer" if even else "an integer"
-    try:
-        count = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = None
-    if count is None:
-        raise TypeError(f"{what}: expected {kind} of at least {at_least}, got {value!r}.")
-    if count < at_least or (even and count % 2):
-        raise ValueError(f"{what}: expected {kind} of at least {at_least}, got {count}.")
-    return count
 
 
 def as_operator(A: LinearOperator | Tensor, name: str, square: bool = True) -> LinearOperator:

@@ -13,7 +13,8 @@ from torch import Tensor
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import BlockDiagonal
-from curvlinops.solvers.columns import check_self_adjoint, flat_product, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import flat_product, working_dtype
 from curvlinops.solvers.info import SolveInfo, relative, warn_of_convergence
 from curvlinops.solvers.inverse import (
     CGInverseLinearOperator,
@@ -22,7 +23,7 @@ from curvlinops.solvers.inverse import (
 )
 from curvlinops.solvers.krylov.open_columns import on_rows
 from curvlinops.solvers.options import Preconditioner
-from curvlinops.solvers.watch import Progress
+from curvlinops.solvers.watch import Progress, Watch
 
 
 class InverseLinearOperator(LinearOperator):
@@ -47,7 +48,8 @@ class InverseLinearOperator(LinearOperator):
         callback: Called with a ``Progress`` after each iteration.
 
     Attributes:
-        info: A :class:`SolveInfo` of the last solve.
+        info: A :class:`SolveInfo` of the last solve. The residual of a closed form is NaN where ``max_matvecs`` leaves
+            no product to verify it.
 
     Raises:
         TypeError: If A is no operator.
@@ -123,7 +125,9 @@ class InverseLinearOperator(LinearOperator):
     def _verified(self, X: Tensor, B: Tensor, begin: float) -> SolveInfo:
         work = working_dtype(self.dtype)
         X, B = X.to(work).T.contiguous(), B.to(work).T
-        AX = on_rows(flat_product(self._A, self.dtype))(X)
+        with Watch(self._iterative._options.limits, self._A, "Closed form") as watch:
+            product = on_rows(watch.counted(flat_product(self._A, self.dtype)))
+            AX = product(X) if watch.allows(len(X)) else torch.full_like(X, torch.nan)
         scale = B.norm(dim=1)
         residual = relative(B - AX, scale)
         largest = relative(AX, X.norm(dim=1))
@@ -134,14 +138,16 @@ class InverseLinearOperator(LinearOperator):
             converged=residual <= self._rtol,
             breakdown=nothing.bool(),
             attainable=torch.finfo(self.dtype).eps * largest * relative(X, scale),
-            num_matvecs=len(X),
+            num_matvecs=watch.num_matvecs,
             seconds=time.monotonic() - begin,
-            ended_by=None,
+            ended_by=watch.ended_by,
             history=residual.unsqueeze(0),
         )
 
     def _warn(self, info: SolveInfo) -> None:
-        if not bool(info.converged.all()):
+        if info.ended_by:
+            warn_of_convergence(f"The closed form of {type(self._A).__name__} is not verified: {info.ended_by}.")
+        elif not bool(info.converged.all()):
             warn_of_convergence(
                 f"The closed form of {type(self._A).__name__} leaves a relative residual of "
                 f"{float(info.residual_norm.max()):.2g} in {self.dtype}, more than {self._rtol:.2g}. Use float64, a "

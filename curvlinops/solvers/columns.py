@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,23 +20,6 @@ def prepared(operator: LinearOperator) -> LinearOperator:
         return operator.linearize()
     except NotImplementedError:
         return operator
-
-
-def check_self_adjoint(A: Any, what: str) -> None:
-    """Refuse what a method for symmetric matrices cannot take.
-
-    Raises:
-        TypeError: If A is no operator.
-        ValueError: If A is not square or not self-adjoint.
-    """
-    if not isinstance(A, LinearOperator):
-        raise TypeError(f"Expected a linear operator, got {type(A).__name__}. Wrap a matrix as TensorLinearOperator.")
-    A._require_square(what)
-    if not A.SELF_ADJOINT:
-        raise ValueError(
-            f"{what} needs a self-adjoint operator, got {A!r}. A.H @ A is one, and "
-            "LSMRInverseLinearOperator solves with any."
-        )
 
 
 def flat_product(factor: LinearOperator | Product, dtype: torch.dtype, name: str = "A") -> Product:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.multishift import MultiShift
@@ -106,7 +107,10 @@ def damping_path(
 
 
 def _checked_dampings(dampings: Sequence[float] | Tensor) -> list[float]:
-    values = [float(value) for value in dampings]
+    try:
+        values = [float(value) for value in dampings]
+    except TypeError:
+        raise TypeError(f"dampings: expected a sequence of numbers, got {dampings!r}.") from None
     if not values:
         raise ValueError("dampings: expected at least one, got none.")
     wrong = [value for value in values if not isfinite(value)]
@@ -136,7 +140,7 @@ def _finished(
         before, num_matvecs = shared.iterations[number], watch.num_matvecs
         product = _damped_product(A, value, watch)
         start = partial(ConjugateGradients, product, None)
-        left = options.max_iter - int(before.max())
+        left = options.max_iter - int(before.max()) if len(B) else 0
         eps = torch.finfo(A.dtype).eps
         solve = Solve(start, product, B, X, options.rtol, left, eps, watch, largest=shared.largest)
         solution = solve.run()
@@ -155,10 +159,11 @@ def _warn(values: Sequence[float], info: Sequence[SolveInfo], rtol: float) -> No
     if not failed:
         return
     worst = max(float(i.residual_norm.max()) for _, i in failed)
+    too_near = ", too near to it for the rounding of a residual" if worst <= rtol else ""
     broken = ", with negative curvature met" if any(bool(i.breakdown.any()) for _, i in failed) else ""
     dampings = ", ".join(f"{value:.2g}" for value, _ in failed)
     warn_of_convergence(
         f"The damping path did not reach the relative residual {rtol:.2g} at {len(failed)} of {len(values)} dampings "
-        f"({dampings}): the largest is {worst:.2g}{broken}. Raise max_iter, or leave out the smallest dampings; "
-        "info.attainable says what the precision allows."
+        f"({dampings}): the largest is {worst:.2g}{too_near}{broken}. Raise max_iter, or leave out the smallest "
+        "dampings; info.attainable says what the precision allows."
     )

@@ -11,7 +11,8 @@ from torch import Tensor
 from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Format, Space
-from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint, checked_count, checked_number
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.thick_restart import Order, ThickRestart
 from curvlinops.solvers.options import default_rtol
@@ -157,14 +158,11 @@ def eigsh(
 
 
 def _check_options(numel: int, k: int, which: str, tol: float, block_size: int, format: str, space: Space) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= numel:
-        raise ValueError(f"k: expected an integer from 1 to {numel}, got {k!r}.")
+    checked_count(k, 1, "k", at_most=numel)
     if which not in ORDERS:
         raise ValueError(f"which: expected one of {', '.join(ORDERS)}, got {which!r}.")
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol: expected a number in [0, 1), got {tol}.")
-    if isinstance(block_size, bool) or not isinstance(block_size, int) or not 1 <= block_size <= numel:
-        raise ValueError(f"block_size: expected an integer from 1 to {numel}, got {block_size!r}.")
+    checked_number(tol, 0, 1, "tol")
+    checked_count(block_size, 1, "block_size", at_most=numel)
     if format not in ("flat", "list", "dict"):
         raise ValueError(f"format: expected 'flat', 'list' or 'dict', got {format!r}.")
     if format == "dict" and space.names is None:
@@ -175,9 +173,7 @@ def _capacity(A: LinearOperator, k: int, block_size: int, ncv: int | None) -> in
     """Vectors in the basis."""
     least = min(A.shape[0], k + 2 * block_size + 1)
     if ncv is not None:
-        if isinstance(ncv, bool) or not isinstance(ncv, int) or ncv < least:
-            raise ValueError(f"ncv: expected an integer of at least {least}, got {ncv!r}.")
-        return ncv
+        return checked_count(ncv, least, "ncv")
     size = A.shape[0] * torch.finfo(working_dtype(A.dtype)).bits // 8
     affordable = default_budget(A.device) // max(size, 1)
     return max(least, min(2 * k + 30 * block_size, affordable))

@@ -9,7 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
-from curvlinops.solvers.columns import check_self_adjoint, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import working_dtype
 from curvlinops.solvers.krylov.runs import LanczosRuns
 from curvlinops.solvers.watch import Limits, Watch
 

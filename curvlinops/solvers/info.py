@@ -60,13 +60,14 @@ class LeastSquaresInfo:
     Attributes:
         num_iterations: Iterations ``[K]``.
         residual_norm: ‖b - A x‖ / ‖b‖, recomputed from the solution ``[K]``.
-        normal_residual: ‖Aᵀ(b - A x)‖ / (‖A‖ ‖b - A x‖), recomputed ``[K]``; zero at a minimum.
+        normal_residual: ‖Aᵀ(b - A x)‖ / (‖A‖ ‖b - A x‖), recomputed ``[K]``; zero at a minimum, NaN where it is not
+            known.
         converged: Whether one of the two is as small as asked for ``[K]``.
         condition: A lower bound of the condition of A ``[K]``.
         num_matvecs: Products with A and with its adjoint, each column counted.
         seconds: Wall-clock time.
         ended_by: The bound that ended the solve, if one did; ``"interrupt"`` after Ctrl-C.
-        history: ‖Aᵀ(b - A x)‖ by the recurrence, relative to that of x = 0 ``[iterations + 1, K]``.
+        history: ‖Aᵀ(b - A x)‖ by the recurrence, relative to that of the first iterate ``[iterations + 1, K]``.
         solution: The best iterate ``[D, K]`` of a solve that was interrupted; else ``None``.
     """
 

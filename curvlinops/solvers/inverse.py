@@ -12,7 +12,8 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.minres import MinimalResiduals
@@ -58,7 +59,7 @@ class IterativeInverse(LinearOperator):
             try:
                 solution = self._start.remember(solve.run())
             except KeyboardInterrupt:
-                self.info = solve.info
+                self.info = solve.interrupted()
                 raise
         self.info = solve.info
         self._report(self.info)
@@ -81,14 +82,15 @@ class IterativeInverse(LinearOperator):
         if not len(failed):
             return
         worst = info.residual_norm[failed].max()
+        too_near = ", too near to it for the rounding of a residual," if worst <= self._options.rtol else ""
         ended = f" It was ended by {info.ended_by}." if info.ended_by else ""
         floor = info.attainable[failed]
         if bool((info.residual_norm[failed] <= 30 * floor).any()):
             ended += f" The precision of {self.dtype} allows about {float(floor.max()):.1g} here: use float64."
         warn_of_convergence(
             f"{self._METHOD} did not reach the relative residual {self._options.rtol:.2g} in {len(failed)} of "
-            f"{len(info.converged)} columns: the largest is {worst:.2g} after {int(info.num_iterations.max())} "
-            f"iterations{what_happened}.{ended} {advice}"
+            f"{len(info.converged)} columns: the largest is {worst:.2g}{too_near} after "
+            f"{int(info.num_iterations.max())} iterations{what_happened}.{ended} {advice}"
         )
 
     @property
@@ -107,7 +109,7 @@ class IterativeInverse(LinearOperator):
         if self._holds_values:
             return self
         result = copy.copy(self)
-        result._A, result._options = self._A.frozen(), self._options.frozen()
+        result._A, result._options, result._start = self._A.frozen(), self._options.frozen(), self._start.anew()
         return result
 
     def _repr_extra(self) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from math import inf
 from typing import Any, Self
 
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
+from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import prepared, working_dtype
 from curvlinops.solvers.info import LeastSquaresInfo, warn_of_convergence
 from curvlinops.solvers.krylov.least_squares import LeastSquaresOptions, LeastSquaresSolve
@@ -81,11 +83,8 @@ class LSMRInverseLinearOperator(LinearOperator):
         super().__init__(A.codomain, A.domain)
         self.SELF_ADJOINT = A.SELF_ADJOINT
         for name, value in (("damp", damp), ("atol", atol), ("btol", btol), ("conlim", conlim)):
-            if not value >= 0:
-                raise ValueError(f"{name}: expected a number of at least 0, got {value}.")
-        most = max(1, min(10 * min(A.shape), 1000)) if maxiter is None else int(maxiter)
-        if most < 1:
-            raise ValueError(f"maxiter: expected at least 1, got {maxiter}.")
+            checked_number(value, 0, inf, name)
+        most = max(1, min(10 * min(A.shape), 1000)) if maxiter is None else checked_count(maxiter, 1, "maxiter")
         self._A = A
         self._options = LeastSquaresOptions(damp, atol, btol, conlim, most)
         self._limits = Limits(max_matvecs, max_seconds, progressbar or show, callback)
@@ -108,7 +107,7 @@ class LSMRInverseLinearOperator(LinearOperator):
             try:
                 solution = solve.run()
             except KeyboardInterrupt:
-                self.info = solve.info
+                self.info = solve.interrupted()
                 raise
         self.info = solve.info
         self._warn(self.info)
@@ -137,7 +136,7 @@ class LSMRInverseLinearOperator(LinearOperator):
         if self._holds_values:
             return self
         result = copy.copy(self)
-        result._A = self._A.frozen()
+        result._A, result._start = self._A.frozen(), self._start.anew()
         return result
 
     def _repr_extra(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from math import isfinite
+from math import inf
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
+from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
 from curvlinops.solvers.krylov.neumann import NeumannSeries
@@ -83,12 +84,11 @@ class NeumannInverseLinearOperator(LinearOperator):
             raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
         A._require_square("NeumannInverseLinearOperator")
         super().__init__(A.codomain, A.domain)
-        if isinstance(num_terms, bool) or not isinstance(num_terms, int) or num_terms < 0:
-            raise ValueError(f"num_terms: expected an integer of at least 0, got {num_terms!r}.")
-        if not isfinite(scale) or scale == 0:
-            raise ValueError(f"scale: expected a finite number other than zero, got {scale}.")
-        if rtol is not None and not 0 <= rtol < 1:
-            raise ValueError(f"rtol: expected a number in [0, 1), got {rtol}.")
+        num_terms = checked_count(num_terms, 0, "num_terms")
+        if checked_number(scale, -inf, inf, "scale") == 0:
+            raise ValueError("scale: expected a number other than zero.")
+        if rtol is not None:
+            checked_number(rtol, 0, 1, "rtol")
         check_preconditioner(preconditioner, A.shape)
         self._A, self._preconditioner = A, preconditioner
         self._num_terms, self._scale, self._check_nan, self._rtol = num_terms, float(scale), check_nan, rtol
@@ -142,15 +142,16 @@ class NeumannInverseLinearOperator(LinearOperator):
             growth = float(growths[growing].max())
             raise RuntimeError(
                 f"The Neumann series diverges in {len(growing)} of {len(info.converged)} columns: residuals grow by "
-                f"{growth:.3g} a term. If A is positive definite, a scale below {2 * self._scale / (1 + growth):.2g} "
+                f"{growth:.3g} a term. If A is positive definite, a scale of about {self._scale / (1 + growth):.2g} "
                 "helps; else add damping, or solve by MINRES."
             )
-        if self._rtol is not None and not bool(info.converged.all()):
-            ended = f"{info.ended_by}" if info.ended_by else f"num_terms={self._num_terms}"
+        if not bool(info.converged.all()) and (self._rtol is not None or info.ended_by):
+            asked = f"the relative residual {self._rtol:.2g}" if self._rtol is not None else "its last term"
+            ended = info.ended_by or f"num_terms={self._num_terms}"
             warn_of_convergence(
-                f"The Neumann series did not reach the relative residual {self._rtol:.2g} in "
-                f"{int((~info.converged).sum())} of {len(info.converged)} columns before {ended}: the largest is "
-                f"{info.residual_norm.max():.2g}. Raise num_terms, or use conjugate gradients."
+                f"The Neumann series did not reach {asked} in {int((~info.converged).sum())} of {len(info.converged)} "
+                f"columns before {ended}: the largest residual is {info.residual_norm.max():.2g}. Raise that bound, or "
+                "use conjugate gradients."
             )
 
     @property
@@ -166,7 +167,7 @@ class NeumannInverseLinearOperator(LinearOperator):
         if self._holds_values:
             return self
         result = copy.copy(self)
-        result._A = self._A.frozen()
+        result._A, result._start = self._A.frozen(), self._start.anew()
         if isinstance(self._preconditioner, LinearOperator):
             result._preconditioner = self._preconditioner.frozen()
         return result

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
+from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import working_dtype
 from curvlinops.solvers.watch import Limits
 
@@ -42,12 +43,8 @@ class SolveOptions:
         limits: Limits,
     ) -> SolveOptions:
         """Options of a solve with A, with defaults for what is not given."""
-        rtol = default_rtol(A.dtype) if rtol is None else float(rtol)
-        if not 0 <= rtol < 1:
-            raise ValueError(f"rtol: expected a number in [0, 1), got {rtol}.")
-        most = max(1, min(10 * A.shape[0], 1000)) if max_iter is None else int(max_iter)
-        if most < 1:
-            raise ValueError(f"max_iter: expected at least 1, got {max_iter}.")
+        rtol = default_rtol(A.dtype) if rtol is None else checked_number(rtol, 0, 1, "rtol")
+        most = max(1, min(10 * A.shape[0], 1000)) if max_iter is None else checked_count(max_iter, 1, "max_iter")
         check_preconditioner(preconditioner, (A.shape[1], A.shape[0]))
         return SolveOptions(rtol, most, preconditioner, limits)
 
@@ -87,7 +84,13 @@ class Start:
         X = Space.merge(space.read(self._x0)[0]).to(work)
         if X.shape[1] not in (1, num_columns):
             raise ValueError(f"x0: expected 1 or {num_columns} columns, got {X.shape[1]}.")
+        if not bool(X.isfinite().all()):
+            raise ValueError("x0: expected finite numbers.")
         return X.T.expand(num_columns, -1)
+
+    def anew(self) -> Start:
+        """The same without a last solution."""
+        return Start(self._x0, self._warm_start)
 
     def remember(self, solution: Tensor) -> Tensor:
         """Note a solution ``[K, D]``, if the next solve is to begin there."""

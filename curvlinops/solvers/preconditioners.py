@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isfinite
+from math import inf
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from curvlinops.operators.dense import _owning
 from curvlinops.operators.low_rank import LowRankLinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
-from curvlinops.solvers.columns import check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint, checked_count, checked_number
+from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 
 
 class NystromPreconditioner(LinearOperator):
@@ -54,13 +55,13 @@ class NystromPreconditioner(LinearOperator):
 
     def __init__(self, A: LinearOperator, rank: int, damping: float, seed: int = 2147483647) -> None:
         check_self_adjoint(A, "NystromPreconditioner")
-        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= A.shape[0]:
-            raise ValueError(f"rank: expected an integer from 1 to {A.shape[0]}, got {rank!r}.")
-        if not isfinite(damping) or damping <= 0:
-            raise ValueError(f"damping: expected a positive number, got {damping}.")
+        rank = checked_count(rank, 1, "rank", at_most=A.shape[0])
+        if checked_number(damping, 0, inf, "damping") == 0:
+            raise ValueError("damping: expected a positive number, got 0.")
         super().__init__(A.codomain, A.domain)
         self._A = A
-        self._rank, self._damping, self._seed = rank, float(damping), int(seed)
+        self._rank, self._damping = rank, float(damping)
+        self._seed = checked_count(seed, 0, "seed")
         self._kept: tuple[LowRankLinearOperator, Tensor] | None = None
         self._inverted: LowRankLinearOperator | None = None
 
@@ -176,11 +177,12 @@ def jacobi_preconditioner(diagonal: LinearOperator | Tensor | Any, damping: floa
         entries._domain = entries._codomain = space
     else:
         entries = Diagonal(diagonal)
-    damped = entries.diagonal() + damping
-    if not bool((damped > 0).all()):
+    damped = entries.diagonal() + checked_number(damping, -inf, inf, "damping")
+    good = (damped > 0) & damped.isfinite() & (1.0 / damped).isfinite()
+    if not bool(good.all()):
         raise ValueError(
-            f"{int((~(damped > 0)).sum())} of {len(damped)} entries are not positive with damping={damping}: the "
-            "preconditioner would not be positive definite. Pass a larger damping."
+            f"{int((~good).sum())} of {len(damped)} entries have no finite, positive inverse with damping={damping}: "
+            "the preconditioner would not be positive definite. Pass a larger damping."
         )
     result = entries.inverse(damping)
     result.POSITIVE_SEMIDEFINITE = True

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.columns import Product, check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
 from curvlinops.solvers.functions import check_positive
 from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.lanczos import Lanczos

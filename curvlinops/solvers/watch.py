@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from types import TracebackType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops.operators.base import LinearOperator
+from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import Product
 
 
@@ -51,10 +53,10 @@ class Limits:
     callback: Callable[[Progress], Any] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_matvecs", "max_seconds"):
-            bound = getattr(self, name)
-            if bound is not None and not bound > 0:
-                raise ValueError(f"{name}: expected a positive number, got {bound}.")
+        if self.max_matvecs is not None:
+            checked_count(self.max_matvecs, 1, "max_matvecs")
+        if self.max_seconds is not None and checked_number(self.max_seconds, 0, inf, "max_seconds") == 0:
+            raise ValueError("max_seconds: expected a positive number, got 0.")
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback: expected a function, got {type(self.callback).__name__}.")
 

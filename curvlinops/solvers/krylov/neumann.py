@@ -43,9 +43,9 @@ class NeumannSeries(OpenColumns):
         self._scale, self._rtol = scale, rtol
         self._B = B
         self.X = torch.zeros_like(B) if X is None else X.clone()
-        self._R = B.clone() if X is None else B - product(self.X)
-        self._norms = B.norm(dim=1)
-        self.residual = relative(self._R, self._norms)
+        self._R, self._norms = B.clone(), B.norm(dim=1)
+        # What a first iterate leaves is not known before a product.
+        self.residual = torch.where((self.X != 0).any(1), torch.nan, relative(self._R, self._norms))
         self.largest, self.growth = torch.zeros_like(self._norms), torch.zeros_like(self._norms)
         self.size = relative(self.X, self._norms)
         self.iterations = torch.zeros_like(self.numbers)
@@ -53,6 +53,8 @@ class NeumannSeries(OpenColumns):
 
     def run(self, num_terms: int, stops_early: bool) -> None:
         """Add terms until the last one, or until the residuals are small enough."""
+        if bool(self.X.any()):
+            self._begin()
         self.retire(self.residual == 0)
         for number in range(num_terms):
             if not len(self.numbers) or not self._watch.allows(len(self.numbers)):
@@ -61,17 +63,27 @@ class NeumannSeries(OpenColumns):
             done = (self.residual <= self._rtol) & stops_early
             self.retire(done | ~(self.residual < _HOPELESS))
 
+    def _begin(self) -> None:
+        """The residuals of a first iterate, if the budget allows for them; else it is not used."""
+        if self._watch.allows(len(self.X)):
+            self._R = self._B - self._product(self.X)
+        else:
+            self.X = torch.zeros_like(self.X)
+        self.residual = relative(self._R, self._norms)
+        self._history = [self.residual.clone()]
+
     def _add(self, is_last: bool) -> None:
         before = self._R
         Z = before if self._precondition is None else self._precondition(before)
-        self.X = torch.add(self.X, Z, alpha=self._scale)
+        X = torch.add(self.X, Z, alpha=self._scale)
         if is_last:  # by one product, too, but without the rounding of the recurrence
-            self._R = self._B - self._product(self.X)
+            R = self._B - self._product(X)
         else:
             AZ = self._product(Z)
-            self._R = torch.sub(before, AZ, alpha=self._scale)
+            R = torch.sub(before, AZ, alpha=self._scale)
             size = relative(AZ, Z.norm(dim=1)).nan_to_num(0.0, 0.0)
             self.largest = torch.maximum(self.largest, size)
+        self.X, self._R = X, R  # together, lest an interrupt finds one without the other
         self.growth = relative(self._R, before.norm(dim=1))
         self.residual = relative(self._R, self._norms)
         self.size = relative(self.X, self._norms)

@@ -54,7 +54,8 @@ class OpenColumns:
 
     def outcome(self) -> dict[str, Tensor]:
         """What is known of all columns, open or not, by name of the attribute."""
-        return self._merged(torch.ones_like(self.numbers, dtype=torch.bool)) if len(self.numbers) else self._ended
+        everything = torch.ones_like(self.numbers, dtype=torch.bool)
+        return self._ended if self._ended and not len(self.numbers) else self._merged(everything)
 
     def _merged(self, chosen: Tensor) -> dict[str, Tensor]:
         numbers = self.numbers[chosen]

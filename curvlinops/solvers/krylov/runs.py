@@ -9,7 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
-from curvlinops.solvers.columns import Product, check_self_adjoint, flat_product, prepared, working_dtype
+from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
 from curvlinops.solvers.krylov.lanczos import Lanczos, tridiagonal
 from curvlinops.solvers.random_vectors import check_distribution, check_generator, draw_columns
 from curvlinops.solvers.watch import Watch

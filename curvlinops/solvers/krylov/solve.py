@@ -39,6 +39,8 @@ class Run(OpenColumns, ABC):
     _OUTCOME = ("D", "R", "iterations", "breakdown", "stalled", "largest")
     #: Whether each step makes xᵀAx/2 - bᵀx smaller, though maybe not the residual.
     REDUCES_ENERGY: ClassVar[bool] = False
+    #: Products of a column in one step at most.
+    MOST_PRODUCTS: ClassVar[int] = 1
     #: What share of its residual a run must leave at most for another one to be worth it.
     RESTARTS_BELOW: ClassVar[float] = 0.5
 
@@ -77,7 +79,7 @@ class Solve:
         largest: A lower bound of ‖A‖ where one is known ``[K]``.
 
     Attributes:
-        info: What was done, also where :meth:`run` was interrupted.
+        info: What was done.
     """
 
     def __init__(
@@ -100,7 +102,9 @@ class Solve:
         self._X = torch.zeros_like(self._B) if X is None else X / self._unit
         self._X[self._scale == 0] = 0
         self._R = self._B.clone()
-        self._residual = relative(self._R, self._scale)
+        # What a first iterate leaves is not known before a product.
+        has_begun = (self._X != 0).any(1)
+        self._residual = torch.where(has_begun, torch.nan, relative(self._R, self._scale))
         self._iterations = torch.zeros_like(self._scale, dtype=torch.long)
         self._breakdown = torch.zeros_like(self._scale, dtype=torch.bool)
         self._largest = torch.zeros_like(self._scale) if largest is None else largest
@@ -111,8 +115,7 @@ class Solve:
     def run(self) -> Tensor:
         """Iterate; the solutions ``[K, D]``."""
         if bool(self._X.any()):
-            self._R = self._B - self._product(self._X)
-            self._residual = relative(self._R, self._scale)
+            self._begin()
         self._history.append(self._residual.clone())
         open_columns = ~self._converged() & self._residual.isfinite()
         is_first_run = True
@@ -129,13 +132,21 @@ class Solve:
             is_first_run = False
         return self._X * self._unit
 
+    def _begin(self) -> None:
+        """The residuals of a first iterate, if the budget allows for them; else it is not used."""
+        if self._watch.allows(len(self._X)):
+            self._R = self._B - self._product(self._X)
+        else:
+            self._X = torch.zeros_like(self._X)
+        self._residual = relative(self._R, self._scale)
+
     def _advance(self, chosen: Tensor, run: Run) -> None:
         """Iterate until every column has converged by its recurrence, broken down or used its budget."""
         budget = self._max_iter - self._iterations[chosen]
         # Below rounding the recurrence says nothing: without this, a tolerance of zero would never be checked.
         target = max(_MARGIN * self._rtol, torch.finfo(run.R.dtype).eps / 16) * self._scale[chosen]
         run.retire((budget <= 0) | run.stalled | run.breakdown)
-        while len(run.numbers) and self._watch.allows(len(run.numbers) + len(chosen)):
+        while len(run.numbers) and self._watch.allows(run.MOST_PRODUCTS * len(run.numbers) + len(chosen)):
             run.step()
             norms = run.R.norm(dim=1)
             self._note(chosen[run.numbers], norms)
@@ -188,15 +199,16 @@ class Solve:
 
     @property
     def info(self) -> SolveInfo:
-        """What was done so far."""
-        if self._running is not None:
-            return self._interrupted(*self._running)
+        """What was done."""
         return self._info(self._residual, self._iterations)
 
-    def _interrupted(self, chosen: Tensor, run: Run) -> SolveInfo:
-        """What there is in the middle of a run: its corrections where its own residuals are smaller."""
-        found = run.outcome()
+    def interrupted(self) -> SolveInfo:
+        """What there is in the middle: the corrections of the run under way where its own residuals are smaller."""
         X, residual, iterations = self._X.clone(), self._residual.clone(), self._iterations.clone()
+        if self._running is None:
+            return self._info(residual, iterations, (X * self._unit).T)
+        chosen, run = self._running
+        found = run.outcome()
         now = relative(found["R"], self._scale[chosen])
         better = now.isfinite() & ((now < residual[chosen]) | run.REDUCES_ENERGY) & found["D"].isfinite().all(1)
         X[chosen[better]] += found["D"][better]

@@ -146,17 +146,15 @@ def _path(results: Results) -> list[str]:
 
 
 def _preconditioners(results: Results) -> list[str]:
-    part = results.get("preconditioners")
-    if part is None:
-        return []
     lines: list[str] = []
-    for network in part["networks"]:
-        lines += [_network(network), ""]
+    for part in (results.get("preconditioners"), results.get("preconditioners-conv")):
+        if part is None:
+            continue
+        lines += [_network(part), ""]
         for right, words in RIGHT.items():
-            found = [row for row in network["rows"] if row["right"] == right]
-            rows = [
-                [title, *(_solve_cell(row["sides"], label) for row in found)] for label, title in part["titles"].items()
-            ]
+            found = [row for row in part["rows"] if row["right"] == right]
+            titles = part["titles"].items()
+            rows = [[title, *(_solve_cell(row["sides"], label) for row in found)] for label, title in titles]
             header = ["preconditioner", *(f"{row['damping']:g}" for row in found)]
             lines += list_table(f"{words[0].upper()}{words[1:]}: iterations / products / time", header, rows)
     return lines
@@ -238,9 +236,9 @@ def _targets(results: Results) -> list[str]:
         fewest = min(sides[label]["products"] for label in ("streamed", "kept", "kept_large"))
         words = f"eigenpairs in {row['dtype']}: products over ARPACK's fewest"
         rows.append([words, *_verdict(sides["ours"]["products"] / fewest, 1.3)])
-        least = min(sides[label]["ratio"] for label in ("streamed", "kept", "kept_large"))
-        words = f"eigenpairs in {row['dtype']}: SciPy's shortest time over ours"
-        rows.append([words, *_verdict(least, 1.0, is_least=True)])
+        for label, words in (("streamed", "streamed"), ("kept", "linearised")):
+            what = f"eigenpairs in {row['dtype']}: time of SciPy's, {words}, over ours"
+            rows.append([what, *_verdict(sides[label]["ratio"], 1.0, is_least=True)])
     return list_table("Targets", ["what", "figure", "asked", ""], rows)
 
 

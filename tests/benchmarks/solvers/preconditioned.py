@@ -68,20 +68,34 @@ def builders(plan: Plan) -> dict[str, tuple[str, Builder, int]]:
     }
 
 
-def run(plan: Plan) -> Answer:
-    """Both networks, both right-hand sides and all dampings; then several right-hand sides at once."""
-    networks = []
-    for network in dict.fromkeys((plan.network, plan.conv)):
-        problem = problems.trained(network, plan.num_data, num_batches=2)
-        right = {**problems.right_sides(problem), "columns": problems.random_columns(problem, SHARED_COLUMNS)}
-        rows = []
-        for name, B in right.items():
-            for damping in plan.hard_dampings if name != "columns" else plan.shared_dampings:
-                rows.append({"right": name, "damping": damping, **_compare(plan, problem, damping, B)})
-                print(_describe(network, rows[-1]), flush=True)
-        networks.append({"network": network, "facts": problems.facts(problem), "rows": rows})
+def run(plan: Plan, network: str) -> Answer:
+    """The dampings of each right-hand side, and of several at once."""
+    problem = problems.trained(network, plan.num_data, num_batches=2)
+    right = {**problems.right_sides(problem), "columns": problems.random_columns(problem, SHARED_COLUMNS)}
+    dampings = {"gradient": plan.hard_dampings, "random": plan.random_dampings, "columns": plan.shared_dampings}
+    rows = []
+    for name, B in right.items():
+        for damping in dampings[name]:
+            rows.append({"right": name, "damping": damping, **_compare(plan, problem, damping, B)})
+            print(_describe(network, rows[-1]), flush=True)
     titles = {label: title for label, (title, _, _) in builders(plan).items()}
-    return {"titles": titles, "networks": networks, "max_iter": plan.max_iter}
+    return {
+        "titles": titles,
+        "network": network,
+        "facts": problems.facts(problem),
+        "rows": rows,
+        "max_iter": plan.max_preconditioned,
+    }
+
+
+def with_mlp(plan: Plan) -> Answer:
+    """The network of the other solves."""
+    return run(plan, plan.network)
+
+
+def with_conv(plan: Plan) -> Answer:
+    """The network with convolutions."""
+    return run(plan, plan.conv)
 
 
 def _compare(plan: Plan, problem: Problem, damping: float, B: Tensor) -> Answer:
@@ -99,7 +113,7 @@ def _compare(plan: Plan, problem: Problem, damping: float, B: Tensor) -> Answer:
     def one(build: Builder, setup: int) -> Callable[[], tuple[Tensor, Any, int]]:
         def work() -> tuple[Tensor, Any, int]:
             P = build(problem, G, damping)
-            return *solve(G.damped(damping), B, plan.max_iter, preconditioner=P), setup
+            return *solve(G.damped(damping), B, plan.max_preconditioned, preconditioner=P), setup
 
         return work
 

@@ -26,7 +26,8 @@ PARTS: dict[str, Callable[[Plan], Answer]] = {
     "peer": against_peer.run,
     "textbook": single.against_textbook,
     "path": single.path,
-    "preconditioners": preconditioned.run,
+    "preconditioners": preconditioned.with_mlp,
+    "preconditioners-conv": preconditioned.with_conv,
     "eigenpairs": beside_scipy.eigenpairs,
     "indefinite": beside_scipy.indefinite,
 }
