@@ -174,7 +174,7 @@ plt.show()
 
 ratios = [highest / both_ends.values[-1].item(), lowest / both_ends.values[0].item()]
 print(
-    f"largest eigenvalue of the whole Hessian: {ratios[0]:.1f} times that of the last layer; lowest: {ratios[1]:.1f} times"
+    f"beside the last layer: the largest eigenvalue is {ratios[0]:.1f} times as large, the lowest {ratios[1]:.1f} times"
 )
 assert min(ratios) > 2
 

@@ -61,7 +61,8 @@ def plot_matrix(
     largest = float(entries.abs().max()) or 1.0
     ax = axes_or_new(ax, 5.6, 4.6)
     norm = SymLogNorm(largest * 10**-decades, linscale=0.3, vmin=-largest, vmax=largest)
-    image = ax.imshow(entries, norm=norm, cmap="RdBu_r", interpolation="nearest", aspect="auto")
+    # As an array, since tensors do not know the arguments with which matplotlib would make them one.
+    image = ax.imshow(entries.__array__(), norm=norm, cmap="RdBu_r", interpolation="nearest", aspect="auto")
     if entries.shape[0] == entries.shape[1]:
         ax.set_aspect("equal")
     _separate(ax, rows, is_vertical=True)

@@ -13,8 +13,9 @@ from curvlinops.solvers.info import SolveInfo, relative
 from curvlinops.solvers.krylov.open_columns import OpenColumns, RowProduct, dots
 from curvlinops.solvers.watch import Watch
 
-#: What recurrences aim at, as a share of the tolerance, so that rounding does not put the true residual above it.
-_MARGIN = 0.95
+#: By how much recurrences aim below the tolerance, so that rounding does not put the true residual above it: at most,
+#: and in units of the rounding.
+_MARGIN, _MARGIN_IN_EPS = 0.05, 1e12
 #: Rounding of a recomputed residual, as a share of what is attainable.
 _ROUNDING = 0.3
 
@@ -144,7 +145,9 @@ class Solve:
         """Iterate until every column has converged by its recurrence, broken down or used its budget."""
         budget = self._max_iter - self._iterations[chosen]
         # Below rounding the recurrence says nothing: without this, a tolerance of zero would never be checked.
-        target = max(_MARGIN * self._rtol, torch.finfo(run.R.dtype).eps / 16) * self._scale[chosen]
+        eps = torch.finfo(run.R.dtype).eps
+        margin = min(_MARGIN, _MARGIN_IN_EPS * eps)
+        target = max((1 - margin) * self._rtol, eps / 16) * self._scale[chosen]
         run.retire((budget <= 0) | run.stalled | run.breakdown)
         while len(run.numbers) and self._watch.allows(run.MOST_PRODUCTS * len(run.numbers) + len(chosen)):
             run.step()

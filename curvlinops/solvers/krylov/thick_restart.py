@@ -91,16 +91,29 @@ class ThickRestart:
         W = self._product(Q.T).T
         if not bool(W.isfinite().all()):
             raise FloatingPointError("A product with the operator is not finite: look at the parameters and the data.")
-        H = torch.zeros(size, len(W), dtype=torch.float64)
         norms = W.norm(dim=1)
-        for _ in range(2):
-            h = self._V[:size] @ W.T
-            W = W - h.T @ self._V[:size]
-            H += h.double().cpu()
+        W, H = self._orthogonalised(W)
         self._T[:size, old:size] = H
         self._T[old:size, :size] = H.T
         self._size = size
         self._next_block(W, norms)
+
+    def _orthogonalised(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """What of a product lies outside of the basis, and its coefficients inside.
+
+        Nearly all of the inside belongs to the last two blocks. With that taken off, one pass over the basis is as
+        good as two, unless it takes much off again.
+        """
+        size, first = self._size + self._next, max(0, self._size - self._block)
+        H = torch.zeros(size, len(W), dtype=torch.float64)
+        W, H[first:] = _without(W, self._V[first:size])
+        is_done = False
+        while not is_done:
+            before = W.norm(dim=1)
+            W, h = _without(W, self._V[:size])
+            H += h
+            is_done = bool((W.norm(dim=1) >= 0.7 * before).all()) or float(before.max()) == 0
+        return W, H
 
     def _next_block(self, W: Tensor, norms: Tensor) -> None:
         """The next block Q and its coupling R; where the Krylov space ends, directions without coupling go on."""
@@ -142,6 +155,12 @@ class ThickRestart:
         self._T.zero_()
         self._T[:kept, :kept] = torch.diag(self.values[:kept])
         self._size = kept
+
+
+def _without(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of W without their parts along orthonormal rows V, and these, in float64 on the CPU."""
+    h = V @ W.T
+    return W - h.T @ V, h.double().cpu()
 
 
 def _orthonormal(W: Tensor, rounding: float, room: int) -> tuple[Tensor, Tensor]:
