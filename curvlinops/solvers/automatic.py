@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from curvlinops.operators.algebra import Node
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import BlockDiagonal
@@ -26,7 +27,7 @@ from curvlinops.solvers.options import Preconditioner
 from curvlinops.solvers.watch import Progress, Watch
 
 
-class InverseLinearOperator(LinearOperator):
+class InverseLinearOperator(Node):
     r"""The inverse :math:`A^{-1}` of a symmetric operator, by what suits it.
 
     A closed form where A has one (diagonal, block-diagonal, low rank, dense); conjugate gradients where A is known to
@@ -79,7 +80,6 @@ class InverseLinearOperator(LinearOperator):
     ) -> None:
         check_self_adjoint(A, "InverseLinearOperator")
         super().__init__(A.codomain, A.domain)
-        self._A = A
         # Also made where a closed form will do, since it checks the options.
         self._iterative: IterativeInverse = _method_for(A)(
             A,
@@ -98,6 +98,10 @@ class InverseLinearOperator(LinearOperator):
         self.info: SolveInfo | None = None
 
     @property
+    def _A(self) -> LinearOperator:
+        return self._iterative._A
+
+    @property
     def method(self) -> str:
         """``"closed form"``, ``"conjugate gradients"`` or ``"MINRES"``."""
         if _has_closed_form(self._A):
@@ -107,13 +111,14 @@ class InverseLinearOperator(LinearOperator):
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         if _has_closed_form(self._A):
             return self._by_closed_form(X)
+        self.info = None
         try:
             return self._iterative._matmat(X)
         finally:
             self.info = self._iterative.info
 
     def _by_closed_form(self, X: list[Tensor]) -> list[Tensor]:
-        begin = time.monotonic()
+        self.info, begin = None, time.monotonic()
         inverse = self._closed if self._closed is not None else self._A.inverse()  # type: ignore[attr-defined]
         # What others can change is inverted anew for each product.
         self._closed = inverse if self._A._holds_values else None
@@ -125,7 +130,7 @@ class InverseLinearOperator(LinearOperator):
     def _verified(self, X: Tensor, B: Tensor, begin: float) -> SolveInfo:
         work = working_dtype(self.dtype)
         X, B = X.to(work).T.contiguous(), B.to(work).T
-        with Watch(self._iterative._options.limits, self._A, "Closed form") as watch:
+        with Watch(self._iterative._limits, self._A, "Closed form") as watch:
             product = on_rows(watch.counted(flat_product(self._A, self.dtype)))
             AX = product(X) if watch.allows(len(X)) else torch.full_like(X, torch.nan)
         scale = B.norm(dim=1)
@@ -156,25 +161,19 @@ class InverseLinearOperator(LinearOperator):
 
     @property
     def _rtol(self) -> float:
-        return self._iterative._options.rtol
+        return self._iterative._rtol
 
     @property
     def _is_definite(self) -> bool:
         return self._A._is_definite
 
-    @property
-    def _holds_values(self) -> bool:
-        return self._iterative._holds_values
+    def _inside(self) -> Sequence[LinearOperator]:
+        return [self._iterative]
 
-    def _agreed(self, flag: bool) -> bool:
-        return self._A._agreed(flag)
-
-    def frozen(self) -> InverseLinearOperator:
-        """The inverse of the frozen operator, with the same options."""
-        if self._holds_values:
-            return self
+    def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> InverseLinearOperator:
         result = copy.copy(self)
-        result._A, result._iterative = self._A.frozen(), self._iterative.frozen()
+        result._iterative = change(self._iterative)  # type: ignore[assignment]
+        result._closed = result.info = None
         return result
 
     def _repr_extra(self) -> str:
@@ -182,7 +181,9 @@ class InverseLinearOperator(LinearOperator):
 
 
 def _method_for(A: LinearOperator) -> type[CGInverseLinearOperator] | type[MINRESInverseLinearOperator]:
-    return CGInverseLinearOperator if A._is_definite else MINRESInverseLinearOperator
+    # A closed form is not asked for its entries before they are needed.
+    is_definite = not _has_closed_form(A) and A._is_definite
+    return CGInverseLinearOperator if is_definite else MINRESInverseLinearOperator
 
 
 def _has_closed_form(A: LinearOperator) -> bool:

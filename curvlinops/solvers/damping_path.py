@@ -20,7 +20,7 @@ from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.multishift import MultiShift
 from curvlinops.solvers.krylov.open_columns import RowProduct, on_rows
 from curvlinops.solvers.krylov.solve import Solve, power_of_two
-from curvlinops.solvers.options import SolveOptions
+from curvlinops.solvers.options import checked_max_iter, checked_rtol
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
 
@@ -30,7 +30,7 @@ class DampingPath(NamedTuple):
     Attributes:
         solutions: For each damping, in the order asked for, a solution in the format of the right-hand sides.
         info: For each damping, what its solve did; iterations are those of the run that all share until this damping
-            was done, and what it needed of its own. Only products of its own are counted.
+            was done, and what it needed of its own. Products and history are those of its own.
         num_matvecs: All products, each column counted.
     """
 
@@ -72,7 +72,8 @@ def damping_path(
         max_matvecs: Products at most, each column counted, those that verify included.
         max_seconds: Wall-clock time after which no iteration begins.
         progressbar: Whether to show a progress bar.
-        callback: Called with a ``Progress`` after each iteration of the shared run.
+        callback: Called with a ``Progress`` after each iteration, of the shared run and of what each damping needs
+            of its own.
 
     Returns:
         Solutions and what was done, see :class:`DampingPath`.
@@ -89,20 +90,20 @@ def damping_path(
     check_self_adjoint(A, "A damping path")
     values = _checked_dampings(dampings)
     limits = Limits(max_matvecs, max_seconds, progressbar, callback)
-    options = SolveOptions.checked(A, rtol, max_iter, None, limits)
+    rtol, most = checked_rtol(A.dtype, rtol), checked_max_iter(A.shape, max_iter)
     with torch.inference_mode(False), torch.no_grad():
         columns, form = A.domain.read(B)
         form.check(A.domain)
         flat = Space.merge(columns).to(working_dtype(A.dtype)).T.contiguous()
         A = prepared(A)
         order = sorted(range(len(values)), key=values.__getitem__)
-        with Watch(limits, A, "Damping path", options.max_iter) as watch:
-            shared = _shared_run(A, flat, [values[i] for i in order], options, watch)
-            finished = _finished(A, flat, [values[i] for i in order], shared, options, watch)
+        with Watch(limits, A, "Damping path", most) as watch:
+            shared = _shared_run(A, flat, [values[i] for i in order], rtol, most, watch)
+            finished = _finished(A, flat, [values[i] for i in order], shared, rtol, most, watch)
         answers = [form.write(A.domain.split(X.T.to(A.dtype)), A.domain) for X, _ in finished]
     place = sorted(range(len(values)), key=order.__getitem__)
     info = [finished[position][1] for position in place]
-    _warn(values, info, options.rtol)
+    _warn(values, info, rtol)
     return DampingPath([answers[position] for position in place], info, watch.num_matvecs)
 
 
@@ -120,18 +121,24 @@ def _checked_dampings(dampings: Sequence[float] | Tensor) -> list[float]:
 
 
 def _shared_run(
-    A: LinearOperator, B: Tensor, values: Sequence[float], options: SolveOptions, watch: Watch
+    A: LinearOperator, B: Tensor, values: Sequence[float], rtol: float, max_iter: int, watch: Watch
 ) -> MultiShift:
     unit = power_of_two(B)
     shifts = torch.tensor([value - values[0] for value in values], dtype=torch.float64, device=B.device)
     run = MultiShift(_damped_product(A, values[0], watch), B / unit, shifts)
-    run.advance(options.rtol, options.max_iter, watch)
+    run.advance(rtol, max_iter, watch)
     run.X *= unit
     return run
 
 
 def _finished(
-    A: LinearOperator, B: Tensor, values: Sequence[float], shared: MultiShift, options: SolveOptions, watch: Watch
+    A: LinearOperator,
+    B: Tensor,
+    values: Sequence[float],
+    shared: MultiShift,
+    rtol: float,
+    max_iter: int,
+    watch: Watch,
 ) -> list[tuple[Tensor, SolveInfo]]:
     """Verify each solution, and go on with it where it is not good enough."""
     results = []
@@ -140,9 +147,9 @@ def _finished(
         before, num_matvecs = shared.iterations[number], watch.num_matvecs
         product = _damped_product(A, value, watch)
         start = partial(ConjugateGradients, product, None)
-        left = options.max_iter - int(before.max()) if len(B) else 0
+        left = max_iter - int(before.max()) if len(B) else 0
         eps = torch.finfo(A.dtype).eps
-        solve = Solve(start, product, B, X, options.rtol, left, eps, watch, largest=shared.largest)
+        solve = Solve(start, product, B, X, rtol, left, eps, watch, largest=shared.largest)
         solution = solve.run()
         info = solve.info
         iterations, matvecs = info.num_iterations + before, info.num_matvecs - num_matvecs

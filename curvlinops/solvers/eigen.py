@@ -103,7 +103,8 @@ def eigsh(
             in float32 and below, 1e-8 in float64.
         max_matvecs: Products at most, those that verify included; by default 1000, or 20 k if that is more.
         seed: Seed of the start vector.
-        ncv: Vectors in the basis; by default 2 k + 30, or as many as take a quarter of the memory.
+        ncv: Vectors in the basis; by default 2 k + 30, or as many as take a quarter of the memory. Ranks that differ in
+            memory must be given it.
         block_size: Columns multiplied together.
         v0: A start vector in any format, in place of a random one; with ``block_size`` as many columns.
         format: Format of the vectors: ``"flat"`` for ``[D, k]``, ``"list"`` or ``"dict"`` for the shapes of the space.
@@ -188,7 +189,7 @@ def _start(A: LinearOperator, v0: Any, block_size: int, generator: torch.Generat
         raise ValueError(f"v0: expected {block_size} columns, as many as block_size, got {V.shape[1]}.")
     if not bool((V.isfinite().all(0) & (V != 0).any(0)).all()):
         raise ValueError("v0: expected finite vectors other than zero.")
-    return V
+    return V / V.abs().amax(0)
 
 
 def _verified(

@@ -55,7 +55,7 @@ class SolveInfo:
 
 @dataclass(frozen=True, eq=False)
 class LeastSquaresInfo:
-    """What a least-squares solve did, per column. Residuals are those of the damped problem, if there is damping.
+    """What a least-squares solve did, per column; with damping, what speaks of Aᵀ speaks of the damped problem.
 
     Attributes:
         num_iterations: Iterations ``[K]``.

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,63 +14,57 @@ from curvlinops.operators.space import Space
 from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
+from curvlinops.solvers.inverse_node import InverseNode
 from curvlinops.solvers.krylov.cg import ConjugateGradients
 from curvlinops.solvers.krylov.minres import MinimalResiduals
-from curvlinops.solvers.krylov.open_columns import RowProduct, on_rows
+from curvlinops.solvers.krylov.open_columns import on_rows
 from curvlinops.solvers.krylov.solve import Run, Solve
-from curvlinops.solvers.options import Preconditioner, SolveOptions, Start
+from curvlinops.solvers.options import (
+    Preconditioner,
+    Start,
+    check_preconditioner,
+    checked_max_iter,
+    checked_rtol,
+)
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
 
-class IterativeInverse(LinearOperator):
-    """The inverse of a self-adjoint operator by runs of a Krylov method.
-
-    Args:
-        A: The operator, self-adjoint.
-
-    Attributes:
-        info: What the last solve did; ``None`` before the first.
-    """
+class IterativeInverse(InverseNode):
+    """The inverse of a self-adjoint operator by runs of a Krylov method."""
 
     SELF_ADJOINT = True
     #: How messages call the method, and its recurrences.
     _METHOD: ClassVar[str]
     _RUN: ClassVar[type[Run]]
 
-    _options: SolveOptions
-    _start: Start
-
-    def __init__(self, A: LinearOperator) -> None:
-        super().__init__(A.codomain, A.domain)
-        self._A = A
-        self.info: SolveInfo | None = None
+    def __init__(
+        self,
+        A: LinearOperator,
+        rtol: float | None,
+        max_iter: int | None,
+        preconditioner: Preconditioner | None,
+        start: Start,
+        limits: Limits,
+    ) -> None:
+        check_self_adjoint(A, self._METHOD)
+        self._rtol, self._max_iter = checked_rtol(A.dtype, rtol), checked_max_iter(A.shape, max_iter)
+        check_preconditioner(preconditioner, A.shape)
+        super().__init__(A, preconditioner, start, limits)
         self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         B = Space.merge(X).to(working_dtype(self.dtype)).T.contiguous()
-        options, A = self._options, prepared(self._A)
+        A, P = prepared(self._A), self._preconditioner
+        precondition = self._row_preconditioner(prepared(P) if isinstance(P, LinearOperator) else P)
         first = self._start.first(self.codomain, len(B))
         eps = torch.finfo(self.dtype).eps
-        with Watch(options.limits, A, self._METHOD, options.max_iter) as watch:
+        with Watch(self._limits, A, self._METHOD, self._max_iter) as watch:
             product = on_rows(watch.counted(flat_product(A, self.dtype)))
-            begin = partial(self._RUN, product, self._preconditioning())
-            solve = Solve(begin, product, B, first, options.rtol, options.max_iter, eps, watch)
-            try:
-                solution = self._start.remember(solve.run())
-            except KeyboardInterrupt:
-                self.info = solve.interrupted()
-                raise
-        self.info = solve.info
+            begin = partial(self._RUN, product, precondition)
+            solution = self._solved(Solve(begin, product, B, first, self._rtol, self._max_iter, eps, watch))
+        self._start.remember(solution)
         self._report(self.info)
         return self.codomain.split(solution.T.to(self.dtype))
-
-    def _preconditioning(self) -> RowProduct | None:
-        preconditioner = self._options.preconditioner
-        if isinstance(preconditioner, LinearOperator):
-            preconditioner = prepared(preconditioner)
-        if preconditioner is None:
-            return None
-        return on_rows(flat_product(preconditioner, self.dtype, "preconditioner"))
 
     def _report(self, info: SolveInfo) -> None:
         """Raise on a breakdown, warn of what did not converge."""
@@ -82,13 +75,13 @@ class IterativeInverse(LinearOperator):
         if not len(failed):
             return
         worst = info.residual_norm[failed].max()
-        too_near = ", too near to it for the rounding of a residual," if worst <= self._options.rtol else ""
+        too_near = ", too near to it for the rounding of a residual," if worst <= self._rtol else ""
         ended = f" It was ended by {info.ended_by}." if info.ended_by else ""
         floor = info.attainable[failed]
         if bool((info.residual_norm[failed] <= 30 * floor).any()):
             ended += f" The precision of {self.dtype} allows about {float(floor.max()):.1g} here: use float64."
         warn_of_convergence(
-            f"{self._METHOD} did not reach the relative residual {self._options.rtol:.2g} in {len(failed)} of "
+            f"{self._METHOD} did not reach the relative residual {self._rtol:.2g} in {len(failed)} of "
             f"{len(info.converged)} columns: the largest is {worst:.2g}{too_near} after "
             f"{int(info.num_iterations.max())} iterations{what_happened}.{ended} {advice}"
         )
@@ -96,24 +89,6 @@ class IterativeInverse(LinearOperator):
     @property
     def _is_definite(self) -> bool:
         return self._A._is_definite
-
-    @property
-    def _holds_values(self) -> bool:
-        return self._A._holds_values and self._options.holds_values
-
-    def _agreed(self, flag: bool) -> bool:
-        return self._A._agreed(flag)
-
-    def frozen(self) -> Self:
-        """The inverse of the frozen operator, with the same options."""
-        if self._holds_values:
-            return self
-        result = copy.copy(self)
-        result._A, result._options, result._start = self._A.frozen(), self._options.frozen(), self._start.anew()
-        return result
-
-    def _repr_extra(self) -> str:
-        return f", of {type(self._A).__name__}"
 
 
 class CGInverseLinearOperator(IterativeInverse):
@@ -184,21 +159,10 @@ class CGInverseLinearOperator(IterativeInverse):
         progressbar: bool = False,
         callback: Callable[[Progress], Any] | None = None,
     ) -> None:
-        check_self_adjoint(A, self._METHOD)
-        super().__init__(A)
-        self.set_cg_hyperparameters(
-            rtol,
-            max_iter,
-            preconditioner,
-            x0,
-            on_breakdown=on_breakdown,
-            tolerance=tolerance,
-            warm_start=warm_start,
-            max_matvecs=max_matvecs,
-            max_seconds=max_seconds,
-            progressbar=progressbar,
-            callback=callback,
-        )
+        limits = Limits(max_matvecs, max_seconds, progressbar, callback)
+        rtol = _one_spelling(rtol, tolerance)
+        super().__init__(A, rtol, max_iter, preconditioner, Start(x0, warm_start), limits)
+        self._on_breakdown = _checked_on_breakdown(on_breakdown)
 
     def set_cg_hyperparameters(
         self,
@@ -218,15 +182,13 @@ class CGInverseLinearOperator(IterativeInverse):
         callback: Callable[[Progress], Any] | None = None,
     ) -> None:
         """Set all options anew; what is not given takes its default. See the class for their meaning."""
-        if rtol is not None and tolerance is not None:
-            raise ValueError("rtol and tolerance are two spellings of one option: pass one of them.")
-        rtol = tolerance if rtol is None else rtol
-        if on_breakdown not in (None, "raise", "stop"):
-            raise ValueError(f"on_breakdown: expected 'raise' or 'stop', got {on_breakdown!r}.")
+        info = self.info
+        # Nothing is changed where an option is refused.
+        on_breakdown = _checked_on_breakdown(on_breakdown)
         limits = Limits(max_matvecs, max_seconds, progressbar, callback)
-        self._options = SolveOptions.checked(self._A, rtol, max_iter, preconditioner, limits)
-        self._start = Start(x0, warm_start)
-        self._on_breakdown = on_breakdown
+        rtol = _one_spelling(rtol, tolerance)
+        super().__init__(self._A, rtol, max_iter, preconditioner, Start(x0, warm_start), limits)
+        self._on_breakdown, self.info = on_breakdown, info
 
     def _report(self, info: SolveInfo) -> None:
         broken = info.breakdown.nonzero().flatten().tolist()
@@ -242,6 +204,18 @@ class CGInverseLinearOperator(IterativeInverse):
             ", with negative curvature met" if broken else "",
             "Add damping if the operator may be singular; otherwise raise max_iter, or use a preconditioner.",
         )
+
+
+def _one_spelling(rtol: float | None, tolerance: float | None) -> float | None:
+    if rtol is not None and tolerance is not None:
+        raise ValueError("rtol and tolerance are two spellings of one option: pass one of them.")
+    return tolerance if rtol is None else rtol
+
+
+def _checked_on_breakdown(on_breakdown: str | None) -> str | None:
+    if on_breakdown not in (None, "raise", "stop"):
+        raise ValueError(f"on_breakdown: expected 'raise' or 'stop', got {on_breakdown!r}.")
+    return on_breakdown
 
 
 class MINRESInverseLinearOperator(IterativeInverse):
@@ -300,11 +274,8 @@ class MINRESInverseLinearOperator(IterativeInverse):
         progressbar: bool = False,
         callback: Callable[[Progress], Any] | None = None,
     ) -> None:
-        check_self_adjoint(A, self._METHOD)
         limits = Limits(max_matvecs, max_seconds, progressbar, callback)
-        super().__init__(A)
-        self._options = SolveOptions.checked(A, rtol, max_iter, preconditioner, limits)
-        self._start = Start(x0, warm_start)
+        super().__init__(A, rtol, max_iter, preconditioner, Start(x0, warm_start), limits)
 
     def _report(self, info: SolveInfo) -> None:
         broken = info.breakdown.nonzero().flatten().tolist()

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from math import inf
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.solvers.checks import checked_count, checked_number
+from curvlinops.solvers.checks import checked_number
 from curvlinops.solvers.columns import prepared, working_dtype
 from curvlinops.solvers.info import LeastSquaresInfo, warn_of_convergence
+from curvlinops.solvers.inverse_node import InverseNode
 from curvlinops.solvers.krylov.least_squares import LeastSquaresOptions, LeastSquaresSolve
-from curvlinops.solvers.options import Start
+from curvlinops.solvers.options import Start, checked_max_iter
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
 
-class LSMRInverseLinearOperator(LinearOperator):
+class LSMRInverseLinearOperator(InverseNode):
     r"""The least-squares inverse of any operator: :math:`b \mapsto \arg\min_x \|A x - b\|^2 + \mu^2 \|x\|^2`.
 
     For Jacobians, and for what is not symmetric. Without damping it gives the shortest of the solutions, as the
@@ -80,36 +80,27 @@ class LSMRInverseLinearOperator(LinearOperator):
     ) -> None:
         if not isinstance(A, LinearOperator):
             raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
-        super().__init__(A.codomain, A.domain)
-        self.SELF_ADJOINT = A.SELF_ADJOINT
         for name, value in (("damp", damp), ("atol", atol), ("btol", btol), ("conlim", conlim)):
             checked_number(value, 0, inf, name)
-        most = max(1, min(10 * min(A.shape), 1000)) if maxiter is None else checked_count(maxiter, 1, "maxiter")
-        self._A = A
+        most = checked_max_iter(A.shape, maxiter, "maxiter")
+        limits = Limits(max_matvecs, max_seconds, progressbar or show, callback)
+        super().__init__(A, None, Start(x0, warm_start), limits)
+        self.SELF_ADJOINT = A.SELF_ADJOINT
         self._options = LeastSquaresOptions(damp, atol, btol, conlim, most)
-        self._limits = Limits(max_matvecs, max_seconds, progressbar or show, callback)
-        self._start = Start(x0, warm_start)
-        self.info: LeastSquaresInfo | None = None
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         first = self._start.first(self.codomain, X[0].shape[-1])
-        solution = self._start.remember(self._solved(prepared(self._A), X, first))
+        solution = self._start.remember(self._least_squares(prepared(self._A), X, first))
         return self.codomain.split(solution.T.to(self.dtype))
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         # The last solution and the first iterate live in the other space.
-        return self.domain.split(self._solved(prepared(self._A).H, X, None).T.to(self.dtype))
+        return self.domain.split(self._least_squares(prepared(self._A).H, X, None).T.to(self.dtype))
 
-    def _solved(self, A: LinearOperator, X: list[Tensor], first: Tensor | None) -> Tensor:
+    def _least_squares(self, A: LinearOperator, X: list[Tensor], first: Tensor | None) -> Tensor:
         B = Space.merge(X).to(working_dtype(self.dtype)).T.contiguous()
         with Watch(self._limits, A, "LSMR", self._options.max_iter) as watch:
-            solve = LeastSquaresSolve(A, B, first, self._options, watch)
-            try:
-                solution = solve.run()
-            except KeyboardInterrupt:
-                self.info = solve.interrupted()
-                raise
-        self.info = solve.info
+            solution = self._solved(LeastSquaresSolve(A, B, first, self._options, watch))
         self._warn(self.info)
         return solution
 
@@ -123,21 +114,3 @@ class LSMRInverseLinearOperator(LinearOperator):
                 f"{info.normal_residual[failed].max():.2g} after {int(info.num_iterations.max())} iterations, with a "
                 f"condition of {info.condition[failed].max():.1g} or more{ended}. Pass damp, or raise maxiter."
             )
-
-    @property
-    def _holds_values(self) -> bool:
-        return self._A._holds_values
-
-    def _agreed(self, flag: bool) -> bool:
-        return self._A._agreed(flag)
-
-    def frozen(self) -> Self:
-        """The inverse of the frozen operator, with the same options."""
-        if self._holds_values:
-            return self
-        result = copy.copy(self)
-        result._A, result._start = self._A.frozen(), self._start.anew()
-        return result
-
-    def _repr_extra(self) -> str:
-        return f", of {type(self._A).__name__}"

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from math import inf
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +14,19 @@ from curvlinops.operators.space import Space
 from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import SolveInfo, warn_of_convergence
-from curvlinops.solvers.krylov.neumann import NeumannSeries
+from curvlinops.solvers.inverse_node import InverseNode
+from curvlinops.solvers.krylov.neumann import NeumannSeries, Terms
 from curvlinops.solvers.krylov.open_columns import on_rows
 from curvlinops.solvers.options import Preconditioner, Start, check_preconditioner, default_rtol
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
 
-class NeumannInverseLinearOperator(LinearOperator):
+class NeumannInverseLinearOperator(InverseNode):
     r"""The inverse by a truncated series, :math:`s \sum_{j=0}^{J} (I - s P A)^j P` with preconditioner P.
 
     It converges where all eigenvalues of :math:`s P A` lie between 0 and 2. It is linear in the right-hand side, unlike
     the inverse by conjugate gradients, but needs many more products for the same residual. The residual of the
-    truncated series follows from its products at no extra cost.
+    truncated series comes with its last product; with ``rtol``, columns that look done are verified by one more.
 
     **Cost**: J + 1 products with A, J + 1 with the preconditioner; three vectors a column.
 
@@ -83,18 +83,15 @@ class NeumannInverseLinearOperator(LinearOperator):
         if not isinstance(A, LinearOperator):
             raise TypeError(f"Expected a linear operator, got {type(A).__name__}.")
         A._require_square("NeumannInverseLinearOperator")
-        super().__init__(A.codomain, A.domain)
         num_terms = checked_count(num_terms, 0, "num_terms")
         if checked_number(scale, -inf, inf, "scale") == 0:
             raise ValueError("scale: expected a number other than zero.")
         if rtol is not None:
             checked_number(rtol, 0, 1, "rtol")
         check_preconditioner(preconditioner, A.shape)
-        self._A, self._preconditioner = A, preconditioner
+        limits = Limits(max_matvecs, max_seconds, progressbar, callback)
+        super().__init__(A, preconditioner, Start(x0, warm_start), limits)
         self._num_terms, self._scale, self._check_nan, self._rtol = num_terms, float(scale), check_nan, rtol
-        self._limits = Limits(max_matvecs, max_seconds, progressbar, callback)
-        self._start = Start(x0, warm_start)
-        self.info: SolveInfo | None = None
         is_symmetric = not isinstance(preconditioner, LinearOperator) or preconditioner.SELF_ADJOINT
         self.SELF_ADJOINT = A.SELF_ADJOINT and is_symmetric
 
@@ -117,21 +114,16 @@ class NeumannInverseLinearOperator(LinearOperator):
         return self.domain.split(solution.T.to(self.dtype))
 
     def _summed(self, A: LinearOperator, P: Preconditioner | None, B: Tensor, first: Tensor | None) -> Tensor:
-        precondition = None if P is None else on_rows(flat_product(P, self.dtype, "preconditioner"))
+        precondition = self._row_preconditioner(P)
         B = B.to(working_dtype(self.dtype)).T.contiguous()
         rtol = default_rtol(self.dtype) if self._rtol is None else self._rtol
+        eps = torch.finfo(self.dtype).eps
         with Watch(self._limits, A, "Neumann series", self._num_terms + 1) as watch:
             product = on_rows(watch.counted(flat_product(A, self.dtype)))
-            series = NeumannSeries(product, precondition, B, first, self._scale, rtol, watch)
-            try:
-                series.run(self._num_terms + 1, stops_early=self._rtol is not None)
-            except KeyboardInterrupt:
-                self.info = series.info(torch.finfo(self.dtype).eps, interrupted=True)
-                raise
-        self.info = series.info(torch.finfo(self.dtype).eps)
-        found = series.outcome()
-        self._report(self.info, found["growth"])
-        solution: Tensor = found["X"]
+            terms = Terms(self._num_terms + 1, self._scale, rtol, stops_early=self._rtol is not None)
+            series = NeumannSeries(product, precondition, B, first, terms, eps, watch)
+            solution = self._solved(series)
+        self._report(self.info, series.growth_of_all)
         return solution
 
     def _report(self, info: SolveInfo, growths: Tensor) -> None:
@@ -153,24 +145,6 @@ class NeumannInverseLinearOperator(LinearOperator):
                 f"columns before {ended}: the largest residual is {info.residual_norm.max():.2g}. Raise that bound, or "
                 "use conjugate gradients."
             )
-
-    @property
-    def _holds_values(self) -> bool:
-        P = self._preconditioner
-        return self._A._holds_values and (not isinstance(P, LinearOperator) or P._holds_values)
-
-    def _agreed(self, flag: bool) -> bool:
-        return self._A._agreed(flag)
-
-    def frozen(self) -> Self:
-        """The inverse of the frozen operator, with the same options."""
-        if self._holds_values:
-            return self
-        result = copy.copy(self)
-        result._A, result._start = self._A.frozen(), self._start.anew()
-        if isinstance(self._preconditioner, LinearOperator):
-            result._preconditioner = self._preconditioner.frozen()
-        return result
 
     def _repr_extra(self) -> str:
         return f", of {type(self._A).__name__}, {self._num_terms + 1} terms"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,53 +12,8 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.solvers.checks import checked_count, checked_number
 from curvlinops.solvers.columns import working_dtype
-from curvlinops.solvers.watch import Limits
 
 Preconditioner = LinearOperator | Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class SolveOptions:
-    """What every iterative solve can be told.
-
-    Args:
-        rtol: Relative residual at which a column stops.
-        max_iter: Iterations at most.
-        preconditioner: Operator, or function of ``[D, K]``, close to the inverse; positive definite.
-        limits: Budgets and progress.
-    """
-
-    rtol: float
-    max_iter: int
-    preconditioner: Preconditioner | None = None
-    limits: Limits = field(default_factory=Limits)
-
-    @staticmethod
-    def checked(
-        A: LinearOperator,
-        rtol: float | None,
-        max_iter: int | None,
-        preconditioner: Preconditioner | None,
-        limits: Limits,
-    ) -> SolveOptions:
-        """Options of a solve with A, with defaults for what is not given."""
-        rtol = default_rtol(A.dtype) if rtol is None else checked_number(rtol, 0, 1, "rtol")
-        most = max(1, min(10 * A.shape[0], 1000)) if max_iter is None else checked_count(max_iter, 1, "max_iter")
-        check_preconditioner(preconditioner, (A.shape[1], A.shape[0]))
-        return SolveOptions(rtol, most, preconditioner, limits)
-
-    @property
-    def _operators(self) -> list[LinearOperator]:
-        return [self.preconditioner] if isinstance(self.preconditioner, LinearOperator) else []
-
-    @property
-    def holds_values(self) -> bool:
-        """Whether nothing that others hold can change the preconditioner."""
-        return all(operator._holds_values for operator in self._operators)
-
-    def frozen(self) -> SolveOptions:
-        """The same with a frozen preconditioner."""
-        return replace(self, preconditioner=self._operators[0].frozen()) if self._operators else self
 
 
 class Start:
@@ -94,14 +48,24 @@ class Start:
 
     def remember(self, solution: Tensor) -> Tensor:
         """Note a solution ``[K, D]``, if the next solve is to begin there."""
-        if self._warm_start:
-            self._last = solution
+        if self._warm_start and bool(solution.isfinite().all()):
+            self._last = solution.clone()  # the user gets the other one
         return solution
 
 
 def default_rtol(dtype: torch.dtype) -> float:
-    """The relative residual that is asked for where the user does not say."""
-    return 1e-8 if dtype == torch.float64 else 1e-5
+    """The relative residual that is asked for where the user does not say; half precision cannot reach less."""
+    return 1e-8 if dtype == torch.float64 else max(1e-5, 4 * torch.finfo(dtype).eps)
+
+
+def checked_rtol(dtype: torch.dtype, rtol: float | None) -> float:
+    """A relative residual that can be asked for."""
+    return default_rtol(dtype) if rtol is None else checked_number(rtol, 0, 1, "rtol")
+
+
+def checked_max_iter(shape: tuple[int, int], max_iter: int | None, what: str = "max_iter") -> int:
+    """A number of iterations; by default ten times the smaller dimension, but at most 1000."""
+    return max(1, min(10 * min(shape), 1000)) if max_iter is None else checked_count(max_iter, 1, what)
 
 
 def check_preconditioner(preconditioner: Any, shape: tuple[int, int]) -> None:

@@ -134,8 +134,7 @@ def _core_root(Q: Tensor, Y: Tensor, eps: float) -> tuple[Tensor, float]:
         core.diagonal().add_(shift)
         L, failed = torch.linalg.cholesky_ex(core)
         if not failed and norm > 0:
-            shifted = (Y + shift * Q).double() if Y.dtype == torch.float64 else Y + shift * Q
-            return torch.linalg.solve_triangular(L.to(Y.dtype), shifted.T, upper=False).T, shift
+            return torch.linalg.solve_triangular(L.to(Y.dtype), (Y + shift * Q).T, upper=False).T, shift
     if norm == 0:
         return Y, 0.0
     raise RuntimeError(

@@ -26,6 +26,7 @@ class SingularTriplets(NamedTuple):
         residual_norms: The larger of ‖A v - s u‖ and ‖Aᵀu - s v‖, recomputed ``[k]``.
         converged: Whether that is as small as asked for ``[k]``.
         num_matvecs: Products with A and with its adjoint, those that verify included.
+        ended_by: The bound that ended the iteration, if one did.
     """
 
     left: Any
@@ -34,6 +35,7 @@ class SingularTriplets(NamedTuple):
     residual_norms: Tensor
     converged: Tensor
     num_matvecs: int
+    ended_by: str | None
 
 
 def svds(
@@ -91,6 +93,9 @@ def svds(
     A = prepared(A)
     is_wide = A.shape[0] < A.shape[1]
     one = A.H if is_wide else A  # tall
+    least = 2 * (min(one.shape[1], 2 * k + block_size) + 2 * k)
+    if max_matvecs is not None and max_matvecs < least:
+        raise ValueError(f"max_matvecs: {k} triplets take at least {least}, got {max_matvecs}.")
     pairs = eigsh(
         chain(one.H, one),
         k,
@@ -109,9 +114,8 @@ def svds(
         values = pairs.values.flip(0).clamp(min=0.0).sqrt()
         outer, residuals = _other_side(one, inner, values)
     tol = default_rtol(A.dtype) if tol is None else tol
-    known = values > values[0] * torch.finfo(inner.dtype).eps ** 0.5
     floor = 10 * torch.finfo(inner.dtype).eps * float(values[0])
-    converged = (residuals <= torch.clamp(tol * values, min=floor)) & (known | (values[0] == 0))
+    converged = (residuals <= torch.clamp(tol * values, min=floor)) & ((outer != 0).any(0) | (values[0] == 0))
     left, right = (inner, outer) if is_wide else (outer, inner)
     return SingularTriplets(
         written_columns(left, A.codomain, A.dtype, format),
@@ -120,6 +124,7 @@ def svds(
         residuals,
         converged,
         2 * pairs.num_matvecs + 2 * k,
+        pairs.ended_by,
     )
 
 

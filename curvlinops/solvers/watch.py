@@ -108,10 +108,15 @@ class Watch:
 
         return noted
 
+    def has_room(self, num_columns: int) -> bool:
+        """Whether so many more products with a column may be made, whatever the time: for those that verify."""
+        most = self._limits.max_matvecs
+        return most is None or self.num_matvecs + self.reserved + num_columns <= most
+
     def allows(self, num_columns: int) -> bool:
         """Whether products with so many more columns may be made, in the time that is left."""
         limits = self._limits
-        if limits.max_matvecs is not None and self.num_matvecs + self.reserved + num_columns > limits.max_matvecs:
+        if not self.has_room(num_columns):
             self.ended_by = "max_matvecs"
         elif limits.max_seconds is not None and self._operator._agreed(self.seconds > limits.max_seconds):
             self.ended_by = "max_seconds"

@@ -212,7 +212,7 @@ def test_stops_where_the_residual_is_small_enough(rtol: float) -> None:
     assert info is not None and info.converged.all()
     iterations = info.num_iterations.tolist()
     assert iterations[0] <= 2 and iterations[2] == 0 and 5 < iterations[1] < 1000
-    assert A.count == sum(iterations), "columns that are done are still multiplied"
+    assert A.count == sum(iterations) + 2, "columns that are done are still multiplied, but for verifying"
     residuals = relative_residual(M, X[:, :2], B[:, :2])
     assert (residuals <= rtol * (1 + 1e-6)).all() and info.history[-2, 1] > rtol
     all_terms = NeumannInverseLinearOperator(A, 50)

@@ -73,7 +73,6 @@ class LeastSquaresSolve:
             self._advance(chosen, run)
             open_columns = torch.zeros_like(open_columns)
             open_columns[chosen] = self._take(chosen, run)
-            self._running = None
         return self._solution(self._X)
 
     def _solution(self, X: Tensor) -> Tensor:
@@ -87,12 +86,13 @@ class LeastSquaresSolve:
         if bool(self._X.any()):
             self._R = self._B - self._product(self._X)
         G = self._A_adjoint(self._R[:, : self._num_rows])
-        size = max(float(power_of_two(G.reshape(1, -1))), self._options.damp)
-        self._size = float(power_of_two(G.new_tensor([[size]]))) if G.numel() else 1.0
+        # The entries of Aᵀr are at most ‖A‖ ‖r‖.
+        found = (G.abs().amax(1) / self._R.norm(dim=1)).nan_to_num(0.0, 0.0, 0.0)
+        size = max(float(found.max()) if len(G) else 0.0, self._options.damp)
+        self._size = float(power_of_two(torch.tensor([[size]], dtype=torch.float64)))
         self._X = self._X * self._size
         self._G = self._damped(G / self._size, self._R)
         self._converged |= (self._G == 0).all(1) & self._R.isfinite().all(1)
-        # ‖Aᵀr‖ ≤ ‖A‖ ‖r‖
         self._largest = relative(self._G, self._R.norm(dim=1))
         return self._G.isfinite().all(1)
 
@@ -117,7 +117,8 @@ class LeastSquaresSolve:
     def _is_enough(self, residual: Tensor, normal: Tensor, largest: Tensor, length: Tensor, scale: Tensor) -> Tensor:
         atol, btol = self._options.atol, self._options.btol
         is_minimum = (normal <= atol * largest * residual) & normal.isfinite() & (largest > 0)
-        return is_minimum | (residual <= btol * scale + atol * largest * length)
+        bound = btol * scale + atol * largest * length
+        return is_minimum | ((residual <= bound) & bound.isfinite())
 
     def _take(self, chosen: Tensor, run: LeastSquaresRun) -> Tensor:
         """Correct the columns by a run, verify them, and say which of them may go on."""
@@ -131,6 +132,7 @@ class LeastSquaresSolve:
         better: Tensor = residual <= (1 + 1e-3) * self._R[chosen].norm(dim=1)
         helped: Tensor = (normal < 0.5 * before) & (found["iterations"] > 0)
         kept = chosen[better]
+        self._running = None  # an interrupt must not add the corrections twice
         self._X[kept], self._R[kept], self._G[kept] = X[better], R[better], G[better]
         self._iterations[chosen] += found["iterations"]
         self._largest[chosen] = torch.maximum(self._largest[chosen], found["largest"])

@@ -21,7 +21,7 @@ class LeastSquaresRun(OpenColumns):
     Args:
         product: The product with A.
         adjoint_product: The product with Aᵀ.
-        R: Right-hand sides as rows ``[K, rows]``.
+        R: Right-hand sides as rows ``[K, rows]``; written to.
         G: Their gradients Aᵀr ``[K, columns]``.
 
     Attributes:
@@ -39,7 +39,7 @@ class LeastSquaresRun(OpenColumns):
     def __init__(self, product: RowProduct, adjoint_product: RowProduct, R: Tensor, G: Tensor) -> None:
         super().__init__(len(R), R.device)
         self._product, self._adjoint_product = product, adjoint_product
-        self.R = R.clone()
+        self.R = R
         self._u, beta = _normalised(R)
         self._v, self._alpha = _normalised(G / torch.where(beta > 0, beta, 1.0).unsqueeze(1))
         zeros, ones = torch.zeros_like(beta), torch.ones_like(beta)

@@ -52,7 +52,7 @@ class MultiShift:
         run = self._run
         scale = run.R.norm(dim=1)
         target = max(rtol, torch.finfo(scale.dtype).eps / 16) * scale
-        verifying = self.iterations.numel()
+        verifying, residual = self.iterations.numel(), torch.zeros_like(scale)
         is_open = (scale > 0) & scale.isfinite() & torch.ones_like(self._zeta, dtype=torch.bool)
         self._retire(is_open)
         is_open = is_open[:, run.numbers]
@@ -61,7 +61,8 @@ class MultiShift:
                 return
             self._step(is_open)
             norms = run.R.norm(dim=1)
-            watch.tick(norms / scale[run.numbers])
+            residual[run.numbers] = norms / scale[run.numbers]
+            watch.tick(residual)
             is_open &= (self._zeta * norms > target[run.numbers]) & ~run.breakdown & ~run.stalled
             is_open = is_open[:, self._retire(is_open)]
 

@@ -2,31 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from curvlinops.solvers.info import SolveInfo, relative
 from curvlinops.solvers.krylov.open_columns import OpenColumns, RowProduct
+from curvlinops.solvers.krylov.solve import power_of_two
 from curvlinops.solvers.watch import Watch
 
 #: Growth of a residual beyond which a series is given up before its last term.
 _HOPELESS = 1e6
 
 
+@dataclass(frozen=True)
+class Terms:
+    """Which series it is.
+
+    Attributes:
+        count: Terms at most.
+        scale: The number s.
+        rtol: Relative residual at which a column counts as converged.
+        stops_early: Whether such a column takes no more terms.
+    """
+
+    count: int
+    scale: float
+    rtol: float
+    stops_early: bool
+
+
 class NeumannSeries(OpenColumns):
     """The partial sums x of the series, and the residuals b - A x, term by term.
 
     Args:
-        product: The product with A.
+        product: The product with A, counted by the watch.
         precondition: The product with P, or ``None``.
         B: Right-hand sides as rows ``[K, D]``.
         X: First iterate ``[K, D]``, or ``None`` for zero.
-        scale: The number s.
-        rtol: Relative residual at which a column counts as converged.
+        terms: Which series it is.
+        eps: Relative accuracy of the products.
         watch: Counts products and says when to end.
     """
 
-    _OUTCOME = ("X", "size", "residual", "largest", "growth", "iterations")
+    _OUTCOME = ("X", "R", "norms", "first", "largest", "growth", "iterations")
 
     def __init__(
         self,
@@ -34,84 +54,110 @@ class NeumannSeries(OpenColumns):
         precondition: RowProduct | None,
         B: Tensor,
         X: Tensor | None,
-        scale: float,
-        rtol: float,
+        terms: Terms,
+        eps: float,
         watch: Watch,
     ) -> None:
         super().__init__(len(B), B.device)
         self._product, self._precondition, self._watch = product, precondition, watch
-        self._scale, self._rtol = scale, rtol
-        self._B = B
-        self.X = torch.zeros_like(B) if X is None else X.clone()
-        self._R, self._norms = B.clone(), B.norm(dim=1)
+        self._terms, self._eps = terms, eps
+        self._units = (power_of_two(B),)  # of all columns, open or not
+        self._B = B / self._units[0]
+        self.X = torch.zeros_like(B) if X is None else X / self._units[0]
+        self.norms = self._B.norm(dim=1)
         # What a first iterate leaves is not known before a product.
-        self.residual = torch.where((self.X != 0).any(1), torch.nan, relative(self._R, self._norms))
-        self.largest, self.growth = torch.zeros_like(self._norms), torch.zeros_like(self._norms)
-        self.size = relative(self.X, self._norms)
+        self.R = torch.where((self.X != 0).any(1, keepdim=True), torch.nan, self._B)
+        self.first = self._residual()
+        self.largest, self.growth = torch.zeros_like(self.norms), torch.zeros_like(self.norms)
         self.iterations = torch.zeros_like(self.numbers)
-        self._history = [self.residual.clone()]
+        self._history: list[Tensor] = []
 
-    def run(self, num_terms: int, stops_early: bool) -> None:
-        """Add terms until the last one, or until the residuals are small enough."""
+    def _residual(self) -> Tensor:
+        return relative(self.R, self.norms)
+
+    def run(self) -> Tensor:
+        """Add terms until the last one, or until the residuals are small enough; the sums ``[K, D]``."""
         if bool(self.X.any()):
             self._begin()
-        self.retire(self.residual == 0)
-        for number in range(num_terms):
-            if not len(self.numbers) or not self._watch.allows(len(self.numbers)):
-                return
-            self._add(is_last=number == num_terms - 1)
-            done = (self.residual <= self._rtol) & stops_early
-            self.retire(done | ~(self.residual < _HOPELESS))
+        self._history.append(self._residual())
+        self.retire(self._residual() == 0)
+        reserve = 2 if self._terms.stops_early else 1
+        for number in range(self._terms.count):
+            if not len(self.numbers) or not self._watch.allows(reserve * len(self.numbers)):
+                break
+            self._add(is_last=number == self._terms.count - 1)
+            self.retire(~(self._residual() < _HOPELESS * self.first.clamp(min=1)))
+            if self._terms.stops_early:
+                self._retire_converged()
+        return self._solution(self.outcome()["X"])
 
     def _begin(self) -> None:
         """The residuals of a first iterate, if the budget allows for them; else it is not used."""
         if self._watch.allows(len(self.X)):
-            self._R = self._B - self._product(self.X)
+            self.R = self._B - self._product(self.X)
         else:
-            self.X = torch.zeros_like(self.X)
-        self.residual = relative(self._R, self._norms)
-        self._history = [self.residual.clone()]
+            self.X, self.R = torch.zeros_like(self.X), self._B.clone()
+        self.first = self._residual()
 
     def _add(self, is_last: bool) -> None:
-        before = self._R
+        before = self.R
         Z = before if self._precondition is None else self._precondition(before)
-        X = torch.add(self.X, Z, alpha=self._scale)
+        X = torch.add(self.X, Z, alpha=self._terms.scale)
         if is_last:  # by one product, too, but without the rounding of the recurrence
             R = self._B - self._product(X)
         else:
             AZ = self._product(Z)
-            R = torch.sub(before, AZ, alpha=self._scale)
+            R = torch.sub(before, AZ, alpha=self._terms.scale)
             size = relative(AZ, Z.norm(dim=1)).nan_to_num(0.0, 0.0)
             self.largest = torch.maximum(self.largest, size)
-        self.X, self._R = X, R  # together, lest an interrupt finds one without the other
-        self.growth = relative(self._R, before.norm(dim=1))
-        self.residual = relative(self._R, self._norms)
-        self.size = relative(self.X, self._norms)
+        self.growth = relative(R, before.norm(dim=1))
+        self.X, self.R = X, R  # together, lest an interrupt finds one without the other
         self.iterations += 1
+        self._note()
+
+    def _note(self) -> None:
         latest = self._history[-1].clone()
-        latest[self.numbers] = self.residual
+        latest[self.numbers] = self._residual()
         self._history.append(latest)
         self._watch.tick(latest)
 
-    def info(self, eps: float, interrupted: bool = False) -> SolveInfo:
-        """What was done; a column whose residual has grown, and still grows, counts as broken down.
+    def _retire_converged(self) -> None:
+        """Verify the columns that look done, and take out those that are."""
+        done = self._residual() <= self._terms.rtol
+        if bool(done.any()):
+            self.R[done] = self._B[done] - self._product(self.X[done])
+            self.retire(self._residual() <= self._terms.rtol)
 
-        Args:
-            eps: Relative accuracy of the products.
-            interrupted: Whether it was not done to the end.
-        """
+    def _solution(self, X: Tensor) -> Tensor:
+        return X * self._units[0]
+
+    @property
+    def growth_of_all(self) -> Tensor:
+        """What the last term multiplied the residual by ``[K]``."""
+        return self.outcome()["growth"]
+
+    @property
+    def info(self) -> SolveInfo:
+        """What was done; a column whose residual has grown, and still grows, counts as broken down."""
+        return self._info(is_done=True)
+
+    def interrupted(self) -> SolveInfo:
+        """What there is in the middle."""
+        return self._info(is_done=False)
+
+    def _info(self, is_done: bool) -> SolveInfo:
         found = self.outcome()
-        residual, first = found["residual"], self._history[0]
-        has_grown = residual > (1 + 1e3 * torch.finfo(residual.dtype).eps) * first
+        residual = relative(found["R"], found["norms"])
+        has_grown = residual > (1 + 1e3 * torch.finfo(residual.dtype).eps) * found["first"]
         return SolveInfo(
             num_iterations=found["iterations"],
             residual_norm=residual,
-            converged=(residual <= self._rtol) & (not interrupted),
+            converged=(residual <= self._terms.rtol) & is_done,
             breakdown=has_grown & (found["growth"] > 1),
-            attainable=eps * found["largest"] * found["size"],
+            attainable=self._eps * found["largest"] * relative(found["X"], found["norms"]),
             num_matvecs=self._watch.num_matvecs,
             seconds=self._watch.seconds,
-            ended_by="interrupt" if interrupted else self._watch.ended_by,
-            history=torch.stack(self._history),
-            solution=found["X"].T if interrupted else None,
+            ended_by=self._watch.ended_by if is_done else "interrupt",
+            history=torch.stack(self._history) if self._history else residual.unsqueeze(0),
+            solution=None if is_done else self._solution(found["X"]).T,
         )

@@ -48,9 +48,8 @@ class OpenColumns:
         if not bool(done.any()):
             return
         self._ended = self._merged(done)
-        for name, value in list(vars(self).items()):
-            if isinstance(value, Tensor):
-                setattr(self, name, value[~done])
+        # At once, lest an interrupt finds some with more columns than others.
+        vars(self).update({name: value[~done] for name, value in vars(self).items() if isinstance(value, Tensor)})
 
     def outcome(self) -> dict[str, Tensor]:
         """What is known of all columns, open or not, by name of the attribute."""

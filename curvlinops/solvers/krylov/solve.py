@@ -26,7 +26,7 @@ class Run(OpenColumns, ABC):
     Args:
         product: The product with A.
         precondition: The product with P ≈ A⁻¹, symmetric positive definite, or ``None``.
-        R: Right-hand sides as rows ``[K, D]``: the residuals of the iterates that are to be corrected.
+        R: Right-hand sides as rows ``[K, D]``, the residuals of the iterates that are to be corrected; written to.
 
     Attributes:
         D: The corrections so far ``[K, D]``.
@@ -48,7 +48,7 @@ class Run(OpenColumns, ABC):
     def __init__(self, product: RowProduct, precondition: RowProduct | None, R: Tensor) -> None:
         super().__init__(len(R), R.device)
         self._product, self._precondition = product, precondition
-        self.R, self.D = R.clone(), torch.zeros_like(R)
+        self.R, self.D = R, torch.zeros_like(R)
         self.iterations = torch.zeros_like(self.numbers)
         self.breakdown = torch.zeros_like(self.numbers, dtype=torch.bool)
         self.stalled = torch.zeros_like(self.breakdown)
@@ -108,7 +108,7 @@ class Solve:
         self._residual = torch.where(has_begun, torch.nan, relative(self._R, self._scale))
         self._iterations = torch.zeros_like(self._scale, dtype=torch.long)
         self._breakdown = torch.zeros_like(self._scale, dtype=torch.bool)
-        self._largest = torch.zeros_like(self._scale) if largest is None else largest
+        self._largest = torch.zeros_like(self._scale) if largest is None else largest.clone()
         self._size = torch.zeros_like(self._scale)
         self._history: list[Tensor] = []
         self._running: tuple[Tensor, Run] | None = None
@@ -118,7 +118,7 @@ class Solve:
         if bool(self._X.any()):
             self._begin()
         self._history.append(self._residual.clone())
-        open_columns = ~self._converged() & self._residual.isfinite()
+        open_columns = ~self._converged() & self._residual.isfinite() & (self._max_iter > 0)
         is_first_run = True
         while bool(open_columns.any()):
             chosen = open_columns.nonzero().squeeze(1)
@@ -129,13 +129,12 @@ class Solve:
             self._advance(chosen, run)
             open_columns = torch.zeros_like(open_columns)
             open_columns[chosen] = self._take(chosen, run, is_first_run)
-            self._running = None
             is_first_run = False
         return self._X * self._unit
 
     def _begin(self) -> None:
         """The residuals of a first iterate, if the budget allows for them; else it is not used."""
-        if self._watch.allows(len(self._X)):
+        if self._watch.has_room(len(self._X)):
             self._R = self._B - self._product(self._X)
         else:
             self._X = torch.zeros_like(self._X)
@@ -180,6 +179,7 @@ class Solve:
         # Also a solution that is thrown away tells how large it is, and with that what precision allows.
         self._size[chosen] = torch.where(better, self._size[chosen], size)
         kept = chosen[better]
+        self._running = None  # an interrupt must not add the corrections twice
         self._X[kept], self._R[kept] = new_X[better], new_R[better]
         self._residual[kept] = now[better]
         self._iterations[chosen] += found["iterations"]

@@ -47,7 +47,10 @@ class ThickRestart:
         self._V = start.new_zeros(self._capacity + self._block, numel)
         self._T = torch.zeros(self._capacity, self._capacity, dtype=torch.float64)
         self._size = 0
-        self._V[: self._block], self._R = _orthonormal(start.T, 0.0, self._block)
+        Q, self._R = _orthonormal(start.T, torch.finfo(start.dtype).eps * float(_norms(start.T).max()), self._block)
+        if len(Q) < self._block:
+            raise ValueError("v0: the columns are linearly dependent; pass others, or fewer by block_size.")
+        self._V[: self._block] = Q
         self._next = self._block  # rows of the block after the basis
         self._S = torch.zeros(0, 0, dtype=torch.float64)
         self.values = self.residuals = torch.zeros(0, dtype=torch.float64)
@@ -91,7 +94,7 @@ class ThickRestart:
         W = self._product(Q.T).T
         if not bool(W.isfinite().all()):
             raise FloatingPointError("A product with the operator is not finite: look at the parameters and the data.")
-        norms = W.norm(dim=1)
+        norms = _norms(W)
         W, H = self._orthogonalised(W)
         self._T[:size, old:size] = H
         self._T[old:size, :size] = H.T
@@ -109,10 +112,10 @@ class ThickRestart:
         W, H[first:] = _without(W, self._V[first:size])
         is_done = False
         while not is_done:
-            before = W.norm(dim=1)
+            before = _norms(W)
             W, h = _without(W, self._V[:size])
             H += h
-            is_done = bool((W.norm(dim=1) >= 0.7 * before).all()) or float(before.max()) == 0
+            is_done = bool((_norms(W) >= 0.7 * before).all()) or float(before.max()) == 0
         return W, H
 
     def _next_block(self, W: Tensor, norms: Tensor) -> None:
@@ -157,6 +160,12 @@ class ThickRestart:
         self._size = kept
 
 
+def _norms(W: Tensor) -> Tensor:
+    """Norms of rows in float64: squares of small numbers vanish in float32."""
+    norms: Tensor = torch.linalg.vector_norm(W, dim=-1, dtype=torch.float64)
+    return norms
+
+
 def _without(W: Tensor, V: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of W without their parts along orthonormal rows V, and these, in float64 on the CPU."""
     h = V @ W.T
@@ -172,8 +181,8 @@ def _orthonormal(W: Tensor, rounding: float, room: int) -> tuple[Tensor, Tensor]
             c = Q @ row
             row = row - c @ Q
             R[: len(Q), i] += c.double().cpu()
-        length = row.norm()
+        length = _norms(row)
         if float(length) > rounding and len(Q) < room:
             R[len(Q), i] = float(length)
-            Q = torch.cat([Q, (row / length).unsqueeze(0)])
+            Q = torch.cat([Q, (row / length.to(row.dtype)).unsqueeze(0)])
     return Q, R[: len(Q)]
