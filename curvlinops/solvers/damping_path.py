@@ -169,8 +169,11 @@ def _warn(values: Sequence[float], info: Sequence[SolveInfo], rtol: float) -> No
     too_near = ", too near to it for the rounding of a residual" if worst <= rtol else ""
     broken = ", with negative curvature met" if any(bool(i.breakdown.any()) for _, i in failed) else ""
     dampings = ", ".join(f"{value:.2g}" for value, _ in failed)
+    advice = "Raise max_iter, or leave out the smallest dampings"
+    if broken:
+        advice = "The operator is not positive definite: leave out the smallest dampings, or solve by MINRES"
     warn_of_convergence(
         f"The damping path did not reach the relative residual {rtol:.2g} at {len(failed)} of {len(values)} dampings "
-        f"({dampings}): the largest is {worst:.2g}{too_near}{broken}. Raise max_iter, or leave out the smallest "
-        "dampings; info.attainable says what the precision allows."
+        f"({dampings}): the largest is {worst:.2g}{too_near}{broken}. {advice}; "
+        "info.attainable says what the precision allows."
     )

@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from curvlinops.operators.base import LinearOperator
 from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import working_dtype
+from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.runs import LanczosRuns
 from curvlinops.solvers.watch import Limits, Watch
 
@@ -91,12 +92,23 @@ def trace_of_function(
         runs.extend(num_probes, watch)
     full = _quadrature(runs, f, num_steps)
     value = full.mean().to(working_dtype(A.dtype))
-    if not return_stderr:
+    if num_steps < 2:
         return value
     fewer = _quadrature(runs, f, num_steps - -(-num_steps // 4))
     change = torch.where(runs.is_invariant(), 0.0, full - fewer).mean().abs()
+    _warn_of_truncation(float(change), float(value), num_steps)
+    if not return_stderr:
+        return value
     stderr = full.std() / num_probes**0.5
     return FunctionTrace(value, stderr.to(value.dtype), change.to(value.dtype))
+
+
+def _warn_of_truncation(change: float, value: float, num_steps: int) -> None:
+    if change > 0.02 * abs(value):
+        warn_of_convergence(
+            f"{num_steps} Lanczos steps are too few for this function: with a quarter fewer, the trace {value:.3g} "
+            f"changes by {change:.2g}. Raise num_steps, add damping, or, in float32, use float64."
+        )
 
 
 def _quadrature(runs: LanczosRuns, f: Callable[[Tensor], Tensor], num_steps: int) -> Tensor:
@@ -192,5 +204,5 @@ def check_positive(values: Tensor, eps: float, what: str) -> None:
     if smallest <= eps * largest:
         raise ValueError(
             f"{what} needs a positive definite operator, but it has a Ritz value of {smallest:.3g}, where the largest "
-            f"is {largest:.3g}. Add damping: A.damped(1e-3)."
+            f"is {largest:.3g} and rounding is {eps * largest:.1g}. Add damping, A.damped(...), or use float64."
         )

@@ -52,6 +52,10 @@ class SolveInfo:
     history: Tensor
     solution: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """What matters, in one line."""
+        return _summary(self, ("num_iterations", "residual_norm", "converged", "attainable"))
+
 
 @dataclass(frozen=True, eq=False)
 class LeastSquaresInfo:
@@ -81,6 +85,20 @@ class LeastSquaresInfo:
     ended_by: str | None
     history: Tensor
     solution: Tensor | None = None
+
+    def __repr__(self) -> str:
+        """What matters, in one line."""
+        return _summary(self, ("num_iterations", "residual_norm", "normal_residual", "converged"))
+
+
+def _summary(info: SolveInfo | LeastSquaresInfo, names: tuple[str, ...]) -> str:
+    shown = []
+    for name in names:
+        values = getattr(info, name).tolist()
+        words = [f"{value:.2g}" if isinstance(value, float) else str(value) for value in values[:8]]
+        shown.append(f"{name}=[{', '.join(words)}{', ...' if len(values) > 8 else ''}]")
+    ended = f", ended_by={info.ended_by!r}" if info.ended_by else ""
+    return f"{type(info).__name__}({', '.join(shown)}, num_matvecs={info.num_matvecs}{ended})"
 
 
 def relative(R: Tensor, scale: Tensor) -> Tensor:

@@ -75,15 +75,21 @@ class IterativeInverse(InverseNode):
         if not len(failed):
             return
         worst = info.residual_norm[failed].max()
+        if not bool(worst.isfinite()):
+            what_happened, advice = (
+                ", with numbers that are not finite",
+                "Look at the right-hand side and the operator.",
+            )
         too_near = ", too near to it for the rounding of a residual," if worst <= self._rtol else ""
-        ended = f" It was ended by {info.ended_by}." if info.ended_by else ""
+        if info.ended_by:
+            advice = f"It was ended by {info.ended_by}: raise that, or use a preconditioner."
         floor = info.attainable[failed]
         if bool((info.residual_norm[failed] <= 30 * floor).any()):
-            ended += f" The precision of {self.dtype} allows about {float(floor.max()):.1g} here: use float64."
+            advice = f"The precision of {self.dtype} allows about {float(floor.max()):.1g} here: use float64. {advice}"
         warn_of_convergence(
             f"{self._METHOD} did not reach the relative residual {self._rtol:.2g} in {len(failed)} of "
             f"{len(info.converged)} columns: the largest is {worst:.2g}{too_near} after "
-            f"{int(info.num_iterations.max())} iterations{what_happened}.{ended} {advice}"
+            f"{int(info.num_iterations.max())} iterations{what_happened}. {advice}"
         )
 
     @property
@@ -202,7 +208,9 @@ class CGInverseLinearOperator(IterativeInverse):
         self._warn(
             info,
             ", with negative curvature met" if broken else "",
-            "Add damping if the operator may be singular; otherwise raise max_iter, or use a preconditioner.",
+            "Add damping, or use MINRESInverseLinearOperator."
+            if broken
+            else "Add damping if the operator may be singular; otherwise raise max_iter, or use a preconditioner.",
         )
 
 

@@ -196,11 +196,11 @@ def test_saved_and_resumed_bitwise(kind: str, ncv: int, budget: int, tmp_path: P
     resumed = fresh()
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert same(ask(resumed, kind, 6, return_stderr=True), whole)
-    # Each product is made once: nothing that was saved is computed again.
+    # Each product is made once: nothing that was saved is computed again, but for one that tells the matrix.
     counts = [sum(s._runs._A.num_columns) for s in (spectrum, resumed)]
     once = fresh()
     ask(once, kind, 6)
-    assert sum(counts) == sum(once._runs._A.num_columns)
+    assert sum(counts) - sum(once._runs._A.num_columns) in (0, 1)
 
 
 def curvature(make: Callable[..., LinearOperator], dtype: torch.dtype = torch.float32) -> LinearOperator:

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from curvlinops import (
     CGInverseLinearOperator,
+    ConvergenceWarning,
     Diagonal,
     InverseLinearOperator,
+    LanczosApproximateSpectrumCached,
     LSMRInverseLinearOperator,
     MINRESInverseLinearOperator,
     NeumannInverseLinearOperator,
     TensorLinearOperator,
     damping_path,
     eigsh,
+    logdet,
     svds,
 )
 from curvlinops.operators.base import LinearOperator
@@ -169,3 +172,35 @@ def test_eigenvalues_of_small_matrices() -> None:
 def test_singular_values_name_their_own_budget() -> None:
     with pytest.raises(ValueError, match=r"max_matvecs: 6 triplets take at least \d+, got 20"):
         svds(TensorLinearOperator(noise(40, 30)), 6, max_matvecs=20)
+
+
+def test_what_was_done_is_told_in_a_line() -> None:
+    inverse = CGInverseLinearOperator(TensorLinearOperator(spd_matrix(30, 1e3)))
+    inverse @ noise(30, 2)
+    assert "converged=[True, True]" in repr(inverse.info) and len(repr(inverse.info)) < 300
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_well_conditioned_systems_in_float32_do_not_warn(seed: int) -> None:
+    """Their residuals are far more exact than the worst that rounding could do."""
+    M = spd_matrix(300, 100.0, seed, torch.float32)
+    inverse = CGInverseLinearOperator(TensorLinearOperator(M))
+    B = noise(300, 3, seed=seed, dtype=torch.float32)
+    X = inverse @ B
+    assert inverse.info is not None and inverse.info.converged.all()
+    assert (relative_residual(M, X, B) <= 1e-5).all()
+
+
+def test_a_saved_spectrum_belongs_to_its_matrix() -> None:
+    A, B = TensorLinearOperator(spd_matrix(20, 10.0, 1)), TensorLinearOperator(spd_matrix(20, 10.0, 2))
+    whole = LanczosApproximateSpectrumCached(A, 5)
+    whole.approximate_spectrum(2)
+    LanczosApproximateSpectrumCached(A, 5).load_state_dict(whole.state_dict())
+    with pytest.raises(ValueError, match="another matrix"):
+        LanczosApproximateSpectrumCached(B, 5).load_state_dict(whole.state_dict())
+
+
+def test_too_few_steps_of_a_trace_warn() -> None:
+    A = CountingMatrix(spd_matrix(60, 1e6, 1))
+    with pytest.warns(ConvergenceWarning, match="4 Lanczos steps are too few"):
+        logdet(A, 5, 4)

@@ -194,7 +194,8 @@ class LanczosRuns:
         """Take over the runs of :meth:`state_dict`.
 
         Raises:
-            ValueError: If the state is of an operator of another shape or dtype, or of other options.
+            ValueError: If the state is of an operator of another shape or dtype, or of other options, or of another
+                matrix, which one product tells.
         """
         for name, own in self._identity().items():
             if name not in state:
@@ -205,8 +206,22 @@ class LanczosRuns:
         device = self._A.device
         ended = Coefficients(*(state[name].to(device, copy=True) for name in Coefficients._fields))
         under_way = state["under_way"] and self._resumed(state["under_way"], self.num_steps)
+        self._check_matrix(ended, under_way)
         self._longer = state["longer"] and self._resumed(state["longer"], 0)
         self._state = _State(ended, under_way)
+
+    def _check_matrix(self, ended: Coefficients, under_way: Lanczos | None) -> None:
+        """Make the first step of the first run again: its product tells the matrix."""
+        known = ended if len(ended.lengths) else under_way
+        if known is None or int(known.lengths[0]) == 0:
+            return
+        run = self._start([0], 1)
+        run.step()
+        size = torch.hypot(known.alphas[0, 0], known.betas[0, 0])
+        if not (run.alphas[0, 0] - known.alphas[0, 0]).abs() <= torch.finfo(self._A.dtype).eps ** 0.5 * size:
+            raise ValueError(
+                "The state is of another matrix: of another operator, or of the same one at other parameters or data."
+            )
 
     def _resumed(self, state: Mapping[str, Any], capacity: int) -> Lanczos:
         K = state["basis"].shape[0]

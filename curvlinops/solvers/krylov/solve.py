@@ -16,8 +16,8 @@ from curvlinops.solvers.watch import Watch
 #: By how much recurrences aim below the tolerance, so that rounding does not put the true residual above it: at most,
 #: and in units of the rounding.
 _MARGIN, _MARGIN_IN_EPS = 0.05, 1e12
-#: Rounding of a recomputed residual, as a share of what is attainable.
-_ROUNDING = 0.3
+#: Rounding of a recomputed residual, as a share of what is attainable: at most, and at least.
+_ROUNDING, _LEAST_ROUNDING = 0.3, 0.1
 
 
 class Run(OpenColumns, ABC):
@@ -110,6 +110,9 @@ class Solve:
         self._breakdown = torch.zeros_like(self._scale, dtype=torch.bool)
         self._largest = torch.zeros_like(self._scale) if largest is None else largest.clone()
         self._size = torch.zeros_like(self._scale)
+        # How far recomputed residuals are from those of the recurrences: they are no more exact than that.
+        self._drift = torch.full_like(self._scale, torch.inf)
+        self._is_polished = torch.zeros_like(self._breakdown)
         self._history: list[Tensor] = []
         self._running: tuple[Tensor, Run] | None = None
 
@@ -145,8 +148,9 @@ class Solve:
         budget = self._max_iter - self._iterations[chosen]
         # Below rounding the recurrence says nothing: without this, a tolerance of zero would never be checked.
         eps = torch.finfo(run.R.dtype).eps
-        margin = min(_MARGIN, _MARGIN_IN_EPS * eps)
-        target = max((1 - margin) * self._rtol, eps / 16) * self._scale[chosen]
+        # Once a column was too near to the tolerance, it aims well below.
+        margin = torch.where(self._is_polished[chosen], 0.5, min(_MARGIN, _MARGIN_IN_EPS * eps))
+        target = ((1 - margin) * self._rtol).clamp(min=eps / 16) * self._scale[chosen]
         run.retire((budget <= 0) | run.stalled | run.breakdown)
         while len(run.numbers) and self._watch.allows(run.MOST_PRODUCTS * len(run.numbers) + len(chosen)):
             run.step()
@@ -172,7 +176,8 @@ class Solve:
         self._largest[chosen] = torch.maximum(self._largest[chosen], found["largest"])
         # What a restart made worse is thrown away, and what a singular matrix blew up. A run of conjugate gradients
         # that was merely short is kept: the error falls with each step even where the residual rises.
-        better = now.isfinite() & (now + self._rounding(now, self._largest[chosen] * size) <= before)
+        drift = relative(new_R - found["R"], self._scale[chosen]).nan_to_num(torch.inf)
+        better = now.isfinite() & (now + self._rounding(now, self._largest[chosen] * size, drift) <= before)
         if run.REDUCES_ENERGY and is_first_run:
             nearer = _energy(new_X, B, new_R) < _energy(X, B, R)
             better |= now.isfinite() & nearer & ~found["stalled"]
@@ -180,25 +185,29 @@ class Solve:
         self._size[chosen] = torch.where(better, self._size[chosen], size)
         kept = chosen[better]
         self._running = None  # an interrupt must not add the corrections twice
-        self._X[kept], self._R[kept] = new_X[better], new_R[better]
+        self._X[kept], self._R[kept], self._drift[kept] = new_X[better], new_R[better], drift[better]
         self._residual[kept] = now[better]
         self._iterations[chosen] += found["iterations"]
         self._breakdown[chosen] |= found["breakdown"]
-        helped = now < run.RESTARTS_BELOW * before
+        is_near = (now <= 2 * self._rtol) & ~self._is_polished[chosen]
+        self._is_polished[chosen] |= is_near
+        is_worth_it = (now < run.RESTARTS_BELOW * before) | is_near
         has_time = self._iterations[chosen] < self._max_iter
-        return helped & ~found["breakdown"] & has_time & ~self._converged()[chosen]
+        return is_worth_it & ~found["breakdown"] & has_time & ~self._converged()[chosen]
 
     @property
     def _magnitude(self) -> Tensor:
         """‖A‖ ‖x‖ / ‖b‖."""
         return self._largest * torch.maximum(self._size, relative(self._X, self._scale))
 
-    def _rounding(self, residual: Tensor, magnitude: Tensor) -> Tensor:
+    def _rounding(self, residual: Tensor, magnitude: Tensor, drift: Tensor) -> Tensor:
         """By how much a recomputed residual may be wrong; hardly by more than it shows itself."""
-        return torch.minimum(_ROUNDING * self._eps * magnitude, residual.clamp(min=self._eps / 4))
+        attainable = self._eps * magnitude
+        seen = torch.maximum(torch.minimum(residual, drift), _LEAST_ROUNDING * attainable).clamp(min=self._eps / 4)
+        return torch.minimum(_ROUNDING * attainable, seen)
 
     def _converged(self) -> Tensor:
-        return self._residual + self._rounding(self._residual, self._magnitude) <= self._rtol
+        return self._residual + self._rounding(self._residual, self._magnitude, self._drift) <= self._rtol
 
     @property
     def info(self) -> SolveInfo:

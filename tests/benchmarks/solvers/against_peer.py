@@ -22,6 +22,8 @@ TINY_EPS = 1e-30
 """What its ``eps``, a number added to denominators, is set to: by its own, 1e-10, it stops above the residual."""
 SMALLEST_WITH_OWN_EPS = 1e-3
 SMALLEST_BY_DEFAULT = 1e-4
+NYSTROM_RANK = 40
+"""Of the preconditioner that ours is measured with as well; the peer offers none."""
 
 
 class SolverClient(Client):
@@ -80,13 +82,18 @@ class Duel:
         options = {"tolerance": RESIDUAL, "max_iter": self.plan.max_iter}
         contenders: dict[str, Contender] = {"ours": lambda: self.solve("ours", right, damping, **options)}
         first, trials = contenders["ours"](), []
+        contenders["nystrom"] = lambda: self.solve("ours", right, damping, nystrom_rank=NYSTROM_RANK, **options)
         peer = None
         if "peer" in self.clients:
             peer, trials = self.peer_options(right, damping, first["products"])
             if peer is not None:
                 contenders["peer"] = lambda: self.solve("peer", right, damping, **peer)
         row: Answer = {"right": right, "damping": damping, "peer_options": peer, "peer_trials": trials}
-        found = {"ours": first, **({"peer": _timed(trials[-1])} if peer is not None else {})}
+        found = {
+            "ours": first,
+            "nystrom": contenders["nystrom"](),
+            **({"peer": _timed(trials[-1])} if peer is not None else {}),
+        }
         row |= race(contenders, self.plan.effort, found)
         if right == "gradient" and damping >= SMALLEST_BY_DEFAULT:
             row["defaults"] = {label: self.solve(label, right, damping) for label in self.clients}
@@ -130,7 +137,7 @@ def _timed(trial: Answer) -> Answer:
 def describe(row: Answer) -> str:
     """Say in one line what was measured."""
     words = [f"  {row['right']} {row['damping']:g}:"]
-    for label in ("ours", "peer"):
+    for label in ("ours", "nystrom", "peer"):
         side = row.get(label)
         figures = "not reached" if side is None else f"{side['products']:.0f} products, {side['cpu']:.2f} s"
         words.append(f"{label} {figures};")

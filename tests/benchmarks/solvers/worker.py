@@ -58,13 +58,16 @@ class Worker:
 
         p = self.problem.params[0]
         identity = IdentityLinearOperator([tuple(q.shape) for q in self.problem.params], p.device, p.dtype)
+        rank = int(options.pop("nystrom_rank", 0))
+        if rank:  # its products are part of the solve
+            options["preconditioner"] = curvlinops.NystromPreconditioner(self.operator, rank, damping)
         inverse = curvlinops.CGInverseLinearOperator(self.operator + damping * identity, **options)
         found: list[torch.Tensor] = []
         self.num_forwards = 0
         seconds = measure.timed(Job(lambda _: found.append(inverse @ self.right[right])), "cpu")
         # One with products that keep the forward says itself how many there were.
         info = getattr(inverse, "info", None)
-        products = self.num_forwards / self.forwards_a_product if info is None else info.num_matvecs
+        products = self.num_forwards / self.forwards_a_product if info is None else info.num_matvecs + rank
         torch.save(found[0].detach(), path)
         return {**seconds, "products": products}
 
