@@ -118,7 +118,7 @@ def lanczos_approximate_log_spectrum(
     r"""The spectral density of a symmetric operator over absolute values, on a geometric grid.
 
     As :func:`lanczos_approximate_spectrum`, but the Gaussians and the margin live on the axis ``t = log(|λ| + ε)``,
-    from the logarithms of the boundaries. The points of the grid are ``s = |λ| + ε``, so that zero eigenvalues lie at ε.
+    from the logarithms of the boundaries. The points of the grid are ``s = |λ| + ε``, so that zeros lie at ε.
     The density is over s: it has the factor 1/s that goes with the logarithm, and integrates to one over the grid by
     the trapezoid rule. ``density * grid`` is the density over t, which is what a logarithmic axis shows.
 

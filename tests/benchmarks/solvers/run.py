@@ -43,6 +43,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--quick", action="store_true", help="tiny sizes, to see that all runs; writes nothing unless --output is given"
     )
+    add("--dampings", nargs="+", type=float, default=None, help="those of the preconditioned solves, both right sides")
     add("--ours", default=sys.executable, help="interpreter with this checkout installed")
     add("--peer", default=None, help="interpreter with the peer installed; left out by default")
     add("--output", type=Path, default=None, help="the JSON file (default: docs/benchmarks/solvers.json)")
@@ -74,6 +75,8 @@ def main(argv: list[str] | None = None) -> None:
     pythons = {"ours": o.ours} | ({"peer": o.peer} if o.peer else {})
     plan = quick(pythons) if o.quick else Plan(pythons, Effort(o.repeats, o.seconds))
     plan = replace(plan, effort=Effort(1 if o.quick else o.repeats, o.seconds))
+    if o.dampings:
+        plan = replace(plan, hard_dampings=tuple(o.dampings), random_dampings=tuple(o.dampings))
     is_kept = not o.quick or o.output is not None
     path = o.output or Path("docs/benchmarks/solvers.json")
     page = o.page or (Path("docs/solver_benchmarks.rst") if o.output is None else None)
