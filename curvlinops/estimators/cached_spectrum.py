@@ -15,6 +15,7 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.solvers.columns import working_dtype
 from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.runs import LanczosRuns
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 from curvlinops.solvers.watch import Limits, Watch
 
 
@@ -30,7 +31,7 @@ class _CachedSpectrum:
         boundaries: Boundaries | None = None,
         boundaries_tol: float = 1e-2,
         *,
-        seed: int = 2147483647,
+        seed: int = DEFAULT_SEED,
         generator: Generator | None = None,
         chunk_size: int | None = None,
     ) -> None:

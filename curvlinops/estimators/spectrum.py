@@ -10,6 +10,7 @@ from curvlinops.estimators.cached_spectrum import (
     LanczosApproximateSpectrumCached,
 )
 from curvlinops.operators.base import LinearOperator
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 
 
 def lanczos_approximate_spectrum(
@@ -22,7 +23,7 @@ def lanczos_approximate_spectrum(
     margin: float = 0.05,
     boundaries_tol: float = 1e-2,
     *,
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     generator: Generator | None = None,
     progressbar: bool = False,
     return_stderr: bool = False,
@@ -107,7 +108,7 @@ def lanczos_approximate_log_spectrum(
     epsilon: float = 1e-5,
     *,
     split_signs: bool = False,
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     generator: Generator | None = None,
     progressbar: bool = False,
     return_stderr: bool = False,

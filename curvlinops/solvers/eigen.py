@@ -16,6 +16,7 @@ from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.thick_restart import Order, ThickRestart
 from curvlinops.solvers.options import default_rtol
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 from curvlinops.solvers.watch import Limits, Progress, Watch
 
 
@@ -73,7 +74,7 @@ def eigsh(
     which: str = "LM",
     tol: float | None = None,
     max_matvecs: int | None = None,
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     *,
     ncv: int | None = None,
     block_size: int = 1,

@@ -13,6 +13,7 @@ from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import working_dtype
 from curvlinops.solvers.info import warn_of_convergence
 from curvlinops.solvers.krylov.runs import LanczosRuns
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 from curvlinops.solvers.watch import Limits, Watch
 
 
@@ -38,7 +39,7 @@ def trace_of_function(
     num_steps: int = 50,
     *,
     distribution: str = "rademacher",
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     generator: Generator | None = None,
     progressbar: bool = False,
     return_stderr: bool = False,
@@ -133,7 +134,7 @@ def logdet(
     num_steps: int = 50,
     *,
     distribution: str = "rademacher",
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     generator: Generator | None = None,
     progressbar: bool = False,
     return_stderr: bool = False,

@@ -16,6 +16,7 @@ from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
 from curvlinops.solvers.checks import check_self_adjoint, checked_count, checked_number
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 
 
 class NystromPreconditioner(LinearOperator):
@@ -53,7 +54,7 @@ class NystromPreconditioner(LinearOperator):
     SELF_ADJOINT = True
     POSITIVE_SEMIDEFINITE = True
 
-    def __init__(self, A: LinearOperator, rank: int, damping: float, seed: int = 2147483647) -> None:
+    def __init__(self, A: LinearOperator, rank: int, damping: float, seed: int = DEFAULT_SEED) -> None:
         check_self_adjoint(A, "NystromPreconditioner")
         rank = checked_count(rank, 1, "rank", at_most=A.shape[0])
         if checked_number(damping, 0, inf, "damping") == 0:

@@ -13,6 +13,7 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.solvers.columns import flat_product, prepared, working_dtype
 from curvlinops.solvers.eigen import eigsh, written_columns
 from curvlinops.solvers.options import default_rtol
+from curvlinops.solvers.random_vectors import DEFAULT_SEED
 from curvlinops.solvers.watch import Progress
 
 
@@ -43,7 +44,7 @@ def svds(
     k: int = 6,
     tol: float | None = None,
     max_matvecs: int | None = None,
-    seed: int = 2147483647,
+    seed: int = DEFAULT_SEED,
     *,
     ncv: int | None = None,
     block_size: int = 1,

@@ -12,7 +12,7 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
 from curvlinops.solvers.krylov.lanczos import Lanczos, tridiagonal
-from curvlinops.solvers.random_vectors import check_distribution, check_generator, draw_columns
+from curvlinops.solvers.random_vectors import DEFAULT_SEED, check_distribution, check_generator, draw_columns
 from curvlinops.solvers.watch import Watch
 
 #: Numbers in the bases of the runs that go together by default.
@@ -82,7 +82,7 @@ class LanczosRuns:
         num_steps: int,
         *,
         distribution: str = "rademacher",
-        seed: int = 2147483647,
+        seed: int = DEFAULT_SEED,
         generator: Generator | None = None,
         chunk_size: int | None = None,
     ) -> None:
