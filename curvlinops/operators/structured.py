@@ -1,15 +1,14 @@
-"""Operators with closed forms that keep their structure: diagonal, block-diagonal."""
+"""Diagonal matrices, the identity among them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-from curvlinops.operators.algebra import agreed, linearized, shared_memory
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.sampling import normal_columns
 from curvlinops.operators.space import Space
 
 
@@ -90,9 +89,48 @@ class Diagonal(LinearOperator):
         diagonal = self.diagonal()
         return diagonal.sign().prod(), diagonal.abs().log().sum()
 
+    def det(self) -> Tensor:
+        """The determinant; infinite or zero where it is beyond the range of the dtype."""
+        sign, logabsdet = self._slogdet()
+        return sign * logabsdet.exp()
+
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
         return self.diagonal().square().sum().sqrt()
+
+    def sqrt(self) -> Diagonal:
+        """The positive semi-definite square root of a positive semi-definite diagonal matrix.
+
+        Raises:
+            ValueError: If an entry is negative.
+        """
+        num_negative = sum(int((~(entry >= 0)).sum()) for entry in self._entries)
+        if num_negative:
+            raise ValueError(
+                f"{num_negative} of {self.shape[0]} diagonal entries are negative or not a number: the square root "
+                "does not exist. Add damping first."
+            )
+        result = self._like([entry.sqrt() for entry in self._entries])
+        result.POSITIVE_SEMIDEFINITE = True
+        return result
+
+    def sample(self, num_samples: int, *, seed: int = 2147483647, generator: Generator | None = None) -> Tensor:
+        """Draw from the normal distribution of mean zero with this matrix as its covariance.
+
+        Args:
+            num_samples: Number of samples, K.
+            seed: Seed of the samples.
+            generator: Drawn from in place of a new one with this seed; it must live on the operator's device.
+
+        Returns:
+            The samples as columns ``[D, K]``.
+
+        Raises:
+            ValueError: If an entry is negative, num_samples is below 1, or the generator lives on another device.
+        """
+        noise, _ = normal_columns(self, num_samples, seed, generator)
+        samples: Tensor = self.sqrt() @ noise
+        return samples
 
     def inverse(self, damping: float = 0.0) -> Diagonal:
         """The operator (A + damping · I)⁻¹.
@@ -135,11 +173,9 @@ class Diagonal(LinearOperator):
         return result
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        if isinstance(other, BlockDiagonal):
-            parts = other._matching(self)
-            if parts is None:
-                return None
-            return other._of([d @ block for d, block in zip(parts, other.blocks, strict=True)], self)
+        if hasattr(other, "_multiplied_by_diagonal"):
+            closed: LinearOperator | None = other._multiplied_by_diagonal(self)
+            return closed
         if not isinstance(other, Diagonal):
             return None
         space = self.domain.join(other.domain, "product of diagonals")
@@ -181,159 +217,6 @@ class IdentityLinearOperator(Diagonal):
             return
         super().__init__([torch.ones(shape, device=shapes.device, dtype=shapes.dtype) for shape in shapes.shapes])
         self._domain = self._codomain = shapes
-
-
-class BlockDiagonal(LinearOperator):
-    """Operators along the diagonal, one for each group of tensors.
-
-    Closed under sums, scalings and products with block-diagonal operators of the same blocks and with diagonals, as
-    far as the blocks are.
-
-    Args:
-        blocks: Square operators, in the order of the tensors.
-
-    >>> from curvlinops import TensorLinearOperator
-    >>> A = BlockDiagonal([TensorLinearOperator(2 * torch.eye(2)), TensorLinearOperator(4 * torch.eye(1))])
-    >>> A.inverse().trace().item()
-    1.25
-    """
-
-    def __init__(self, blocks: Sequence[LinearOperator]) -> None:
-        if not blocks:
-            raise ValueError("Expected at least one block, got none.")
-        for block in blocks:
-            block._require_square("BlockDiagonal")
-        self.blocks = list(blocks)
-        space = _concatenated([block.domain for block in blocks])
-        super().__init__(space, space)
-        self.SELF_ADJOINT = all(block.SELF_ADJOINT for block in blocks)
-        self.POSITIVE_SEMIDEFINITE = all(block.POSITIVE_SEMIDEFINITE for block in blocks)
-
-    def _parts(self, X: list[Tensor]) -> list[list[Tensor]]:
-        counts = [len(block.domain.shapes) for block in self.blocks]
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return [X[start : start + count] for start, count in zip(starts, counts, strict=True)]
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [r for block, part in zip(self.blocks, self._parts(X), strict=True) for r in block._matmat(part)]
-
-    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [r for block, part in zip(self.blocks, self._parts(X), strict=True) for r in block._rmatmat(part)]
-
-    def _of_blocks(self, quantity: str, *args: Any) -> list[Any]:
-        for number, block in enumerate(self.blocks):
-            if not hasattr(block, quantity):
-                raise NotImplementedError(
-                    f"Block {number} ({type(block).__name__}) has no closed form of '{quantity.strip('_')}'."
-                )
-        return [getattr(block, quantity)(*args) for block in self.blocks]
-
-    def diagonal(self) -> Tensor:
-        """The diagonal ``[D]``."""
-        return torch.cat(self._of_blocks("diagonal"))
-
-    def trace(self) -> Tensor:
-        """The trace."""
-        return torch.stack(self._of_blocks("trace")).sum()
-
-    def logdet(self) -> Tensor:
-        """The logarithm of the determinant: the sum over the blocks."""
-        return checked_logdet(*self._slogdet()).to(self.dtype)
-
-    def _slogdet(self) -> tuple[Tensor, Tensor]:
-        signs, logs = zip(*self._of_blocks("_slogdet"), strict=True)
-        return torch.stack(signs).prod(), torch.stack(logs).sum()
-
-    def frobenius_norm(self) -> Tensor:
-        """The Frobenius norm."""
-        return torch.stack(self._of_blocks("frobenius_norm")).square().sum().sqrt()
-
-    def inverse(self, damping: float = 0.0) -> BlockDiagonal:
-        """The operator (A + damping · I)⁻¹, block by block."""
-        return self._rebuilt(self._of_blocks("inverse", damping))
-
-    def frozen(self) -> BlockDiagonal:
-        """The same operator with frozen blocks."""
-        return self if self._holds_values else self._rebuilt([block.frozen() for block in self.blocks])
-
-    @property
-    def _holds_values(self) -> bool:
-        return all(block._holds_values for block in self.blocks)
-
-    @property
-    def _is_definite(self) -> bool:
-        return all(block._is_definite for block in self.blocks)
-
-    def _agreed(self, flag: bool) -> bool:
-        return agreed(self.blocks, flag)
-
-    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> BlockDiagonal:
-        """The same operator with linearised blocks."""
-        share = shared_memory(max_memory, self.blocks)
-        return self._rebuilt([linearized(block, share, engine) for block in self.blocks])
-
-    def adjoint(self) -> LinearOperator:
-        """The block-diagonal operator of the adjoints."""
-        if self.SELF_ADJOINT:
-            return self
-        if self._adjoint_of is None:
-            result = self._rebuilt([block.H for block in self.blocks])
-            result._adjoint_of = self
-            return result
-        return self._adjoint_of
-
-    _adjoint_of: BlockDiagonal | None = None
-
-    def _matching(self, other: LinearOperator) -> Sequence[LinearOperator] | None:
-        """The blocks of the other operator, where it is cut as this one is."""
-        if isinstance(other, BlockDiagonal):
-            same = [b.domain.shapes for b in self.blocks] == [b.domain.shapes for b in other.blocks]
-            return other.blocks if same else None
-        if isinstance(other, Diagonal):
-            space = self.domain.join(other.domain, "block-diagonal and diagonal")
-            if space.shapes != self.domain.shapes:
-                return None
-            entries = self._parts(other._on(space))
-            return [other._like(part, block.domain) for part, block in zip(entries, self.blocks, strict=True)]
-        return None
-
-    def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
-        blocks = self._matching(other)
-        if blocks is None:
-            return None
-        return self._of([a + b for a, b in zip(self.blocks, blocks, strict=True)], other)
-
-    def _of(self, blocks: Sequence[LinearOperator], other: LinearOperator) -> BlockDiagonal:
-        return self._rebuilt(blocks, self.domain.join(other.domain, "block-diagonal"))
-
-    def _rebuilt(self, blocks: Sequence[LinearOperator], space: Space | None = None) -> BlockDiagonal:
-        """Other blocks on the same space."""
-        result = BlockDiagonal(blocks)
-        result._domain = result._codomain = self.domain if space is None else space
-        return result
-
-    def _closed_scaling(self, factor: float) -> LinearOperator:
-        return self._rebuilt([factor * block for block in self.blocks])
-
-    def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        blocks = self._matching(other)
-        if blocks is None:
-            return None
-        return self._of([a @ b for a, b in zip(self.blocks, blocks, strict=True)], other)
-
-
-def _concatenated(spaces: Sequence[Space]) -> Space:
-    first = spaces[0]
-    for number, space in enumerate(spaces):
-        if space.dtype != first.dtype or space.device != first.device:
-            raise ValueError(
-                f"Block {number} is {space.dtype} on {space.device}, block 0 is {first.dtype} on {first.device}: "
-                "all blocks need one dtype and device."
-            )
-    shapes = tuple(shape for space in spaces for shape in space.shapes)
-    if any(space.names is None for space in spaces):
-        return Space(shapes, first.dtype, first.device)
-    return Space(shapes, first.dtype, first.device, tuple(n for space in spaces for n in space.names or ()))
 
 
 def checked_logdet(sign: Tensor, logabsdet: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from curvlinops.risk.passes import Pass
@@ -61,3 +62,27 @@ def agreed(flag: bool, device: torch.device, process_group: ProcessGroup | None)
     number = torch.tensor([float(flag)], device=device)
     dist.all_reduce(number, group=process_group)
     return number.item() > 0
+
+
+def any_of(flags: Tensor, device: torch.device, process_group: ProcessGroup | None) -> Tensor:
+    """Which of several flags are set on any rank."""
+    if process_group is None:
+        return flags
+    numbers = flags.to(device, torch.float32)
+    dist.all_reduce(numbers, group=process_group)
+    return numbers.cpu() > 0
+
+
+def size_of(process_group: ProcessGroup | None) -> int:
+    """Number of ranks; 1 without a group."""
+    return 1 if process_group is None else dist.get_world_size(process_group)
+
+
+def summed(tensors: list[Tensor], process_group: ProcessGroup) -> list[Tensor]:
+    """The sums of tensors over all ranks, in one call."""
+    if not tensors:
+        return tensors
+    packed = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(packed, group=process_group)
+    parts = packed.split([tensor.numel() for tensor in tensors])
+    return [part.reshape(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from curvlinops.memory import default_budget
-from curvlinops.risk.batches import Batch, read_batch, visible_size
+from curvlinops.risk.batches import Batch, read_batch
 from curvlinops.risk.collective import all_reduced, rank_of
 from curvlinops.risk.columns import Piece
 from curvlinops.risk.derivatives import Derivatives
@@ -22,18 +22,19 @@ from curvlinops.risk.linearization import (
     Use,
     is_out_of_memory,
 )
-from curvlinops.risk.losses import Loss, Terms
+from curvlinops.risk.losses import Loss
 from curvlinops.risk.model import FunctionalModel
 from curvlinops.risk.passes import Pass, are_finite, check_data
 from curvlinops.risk.second_order import SecondOrder, filled, gradients_of
 from curvlinops.risk.surroundings import differentiable, preserved_random_state
 from curvlinops.risk.verification import check_hessian_by_difference, disagree
+from curvlinops.risk.weighing import Weighing
 
 #: Maps the inputs and targets of a mini-batch to its sum over data, piece by piece.
 BatchSum = Callable[[Any, Any], Iterable[Piece]]
 
 
-class EmpiricalRisk(Derivatives):
+class EmpiricalRisk(Derivatives, Weighing):
     """The loss of a whole data set at the current parameters, and everything that is summed over its mini-batches.
 
     Args:
@@ -64,7 +65,7 @@ class EmpiricalRisk(Derivatives):
         check_data(data)
         if weight_fn is not None and loss is not None:
             loss.require_known("weight_fn")
-        super().__init__(model)
+        Derivatives.__init__(self, model)
         self.loss = loss
         self.data = data
         self.name = name
@@ -127,7 +128,8 @@ class EmpiricalRisk(Derivatives):
         """
         while True:
             was_forward = self.engine.forward_mode
-            found = self._local_pass(begin, shapes, step, use or self.use)
+            found = Pass.empty(shapes, self.model.params[0], use or self.use)
+            self.accumulate(begin, found, step)
             disagrees = bool(found.disagreements) and bool(torch.stack(found.disagreements).any())
             if disagrees and not was_forward:
                 found.error = NotImplementedError(
@@ -138,24 +140,36 @@ class EmpiricalRisk(Derivatives):
             if found.error is not None:
                 raise found.error
             if not repeat:
-                self.check_num_data(found.num_data)
-                if self.keeper is not None:
-                    self.keeper.finish(found.num_batches)
-                if not are_finite(found.sums):
-                    self._raise_not_finite(begin, step, use or self.use)
-                return self._scaled(found)
+                return self._finished(begin, found, step)
             if self.keeper is not None:
                 self.keeper.forget()
             if disagrees:
                 self.engine = Engine(forward_mode=False)
 
-    def _local_pass(self, begin: Callable[[], BatchSum], shapes: Sequence[Sequence[int]], step: str, use: Use) -> Pass:
-        found = Pass.empty(shapes, self.model.params[0], use)
+    def accumulate(self, begin: Callable[[], BatchSum], found: Pass, step: str, num_batches: int | None = None) -> bool:
+        """Go on with a pass where it stands: one rank's sums over its mini-batches, not scaled.
+
+        An error of this rank is kept in the pass where other ranks wait for it, else raised.
+
+        Args:
+            begin: Called at the start; gives the function (X, y) -> sum over the mini-batch's data.
+            found: The pass; mini-batches that it has are skipped.
+            step: What the pass is for.
+            num_batches: How many more mini-batches to take at most; ``None`` for all.
+
+        Returns:
+            Whether the data are at their end.
+        """
+        last = None if num_batches is None else found.num_batches + num_batches
         self._pass = found
         try:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
                 batch_sum = begin()
                 for batch in self.batches(step):
+                    if batch.index < found.num_batches:
+                        continue
+                    if found.num_batches == last:
+                        return False
                     try:
                         self._add(found, batch, batch_sum)
                     except FloatingPointError as error:
@@ -169,18 +183,35 @@ class EmpiricalRisk(Derivatives):
             found.error = error
         finally:
             self._pass = None
-        return found
+        return True
+
+    def finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> list[Tensor]:
+        """The scaled sums over all ranks, after the last mini-batch of :meth:`accumulate`."""
+        found, _ = all_reduced(found, False, self.process_group)
+        if found.error is not None:
+            raise found.error
+        return self._finished(begin, found, step)
+
+    def _finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> list[Tensor]:
+        self.check_num_data(found.num_data)
+        if self.keeper is not None:
+            self.keeper.finish(found.num_batches)
+        if not are_finite(found.sums):
+            self._raise_not_finite(begin, step, found.use)
+        return self._scaled(found)
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
         found.batch_index = batch.index
+        found.is_whole = False
         for piece in batch_sum(batch.X, batch.y):
             found.add(batch.index, piece)
         if self.keeper is not None:
             self.keeper.settle(batch)
         found.denominator += self.denominator(batch.X, batch.y).to(found.denominator.device)
-        found.num_batches += 1
         if self.num_data is not None:
             found.num_data += self.batch_size(batch.X, batch.y)
+        found.num_batches += 1
+        found.is_whole = True
 
     def _raise_not_finite(self, begin: Callable[[], BatchSum], step: str, use: Use) -> None:
         """Find the mini-batch that is to blame, in a pass of its own: looking at each in every pass would cost time."""
@@ -215,63 +246,7 @@ class EmpiricalRisk(Derivatives):
         if self.num_data is not None and found != self.num_data:
             raise ValueError(f"num_data={self.num_data}, but the mini-batches hold {found} data.")
 
-    # ------------------------------------------------------------------- scale
-
-    @property
-    def _is_mean(self) -> bool:
-        return self.loss is not None and self.loss.reduction == "mean"
-
-    def denominator(self, X: Any, y: Any) -> Tensor:
-        """By what the mini-batch's own loss divides its sum: 1 under 'sum'."""
-        if not self._is_mean or self.loss is None:
-            return torch.ones((), dtype=torch.float64)
-        size = None if self.loss.is_known else self.batch_size(X, y)
-        return self.loss.denominator(y, self.weights(X, y), size)
-
-    def batch_size(self, X: Any, y: Any) -> int:
-        """Number of data in a mini-batch.
-
-        Raises:
-            ValueError: If it cannot be seen.
-        """
-        size = visible_size(X, y) if self.batch_size_fn is None else int(self.batch_size_fn(X))
-        if size is None:
-            raise ValueError(
-                "The number of data in X cannot be seen, since its tensors and those of y do not agree on their first "
-                "axis: pass batch_size_fn, a function from X to the number of data."
-            )
-        return size
-
-    def weights(self, X: Any, y: Any) -> Tensor | None:
-        """Weight of each datum ``[N]``, or ``None``.
-
-        Raises:
-            ValueError: If a weight is negative or not finite, or there is not one number a datum.
-        """
-        if self.weight_fn is None:
-            return None
-        weight = self.weight_fn(X, y)
-        if not isinstance(weight, Tensor) or weight.ndim != 1:
-            got = list(weight.shape) if isinstance(weight, Tensor) else type(weight).__name__
-            raise ValueError(f"weight_fn: expected a tensor [N] with one weight a datum, got {got}.")
-        if not weight.isfinite().all() or (weight < 0).any():
-            raise ValueError("weight_fn: expected finite weights of at least zero.")
-        return weight.detach().to(self.device)
-
     # ------------------------------------------------------- at one mini-batch
-
-    def terms(self, prediction: Tensor, X: Any, y: Any) -> Terms:
-        """The loss terms of a mini-batch."""
-        assert self.loss is not None
-        weight = self.weights(X, y)
-        if weight is not None and len(weight) != len(prediction):
-            raise ValueError(f"weight_fn gave {len(weight)} weights for {len(prediction)} data.")
-        if self._is_mean and not self.loss.is_known and (size := self.batch_size(X, y)) != len(prediction):
-            raise ValueError(
-                f"Axis 0 of a prediction is the datum, but the prediction has shape {list(prediction.shape)} and the "
-                f"mini-batch {size} data: pass batch_size_fn, or bring the prediction's axes in order."
-            )
-        return self.loss.terms(prediction, y, weight)
 
     def predict(self, X: Any) -> Tensor:
         """The prediction without its graph."""

@@ -27,6 +27,7 @@ class Pass:
         are_ours: Whether the sums share no memory with the mini-batches' own results.
         disagreements: Outcomes of comparisons of the two ways through the network.
         error: What went wrong, where other ranks wait for it.
+        is_whole: Whether it is between two mini-batches, not within one.
     """
 
     sums: list[Tensor]
@@ -38,10 +39,14 @@ class Pass:
     are_ours: bool = False
     disagreements: list[Tensor] = field(default_factory=list)
     error: BaseException | None = None
+    is_whole: bool = True
 
     @staticmethod
     def empty(shapes: Sequence[Sequence[int]], like: Tensor, use: Use) -> Pass:
-        """A pass that has not begun: its sums are zeros of at least float32, which take no memory."""
+        """A pass that has not begun: its sums are zeros of at least float32, which take no memory.
+
+        Without shapes, the first mini-batch says what is summed.
+        """
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         sums = [torch.zeros((), dtype=dtype, device=like.device).expand(tuple(shape)) for shape in shapes]
         return Pass(sums, torch.zeros((), dtype=torch.float64, device=like.device), use)
@@ -53,6 +58,9 @@ class Pass:
             ValueError: If it has not the shapes of the sums.
         """
         columns, tensors = piece
+        if not self.sums and self.num_batches == 0:
+            self.sums = [t.detach() for t in tensors]
+            return
         is_whole = columns is None or all(columns == slice(0, s.shape[-1]) for s in self.sums)
         expected = [s.shape if columns is None else s[..., columns].shape for s in self.sums]
         if [t.shape for t in tensors] != expected:

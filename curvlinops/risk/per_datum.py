@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from curvlinops.risk.batches import has_rows, map_tensors
-from curvlinops.risk.layers.factors import LayerNotes
+from curvlinops.risk.layers.factors import LayerFactors, LayerNotes
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, slices
 from curvlinops.risk.linearization import Linearization, is_out_of_memory
 from curvlinops.risk.losses.base import at_least_float32
@@ -38,14 +38,24 @@ def squares_from_notes(notes: LayerNotes, columns: Columns) -> dict[int, Tensor]
     squares: dict[int, Tensor] = {}
     if not notes.numel:
         return squares
-    some_columns = _chunks(columns(), max(1, CHUNK_NUMEL // notes.numel))
+    for factors in factors_of_columns(notes, columns):
+        for i, found in factors.squares().items():
+            squares[i] = squares[i] + found if i in squares else found
+    return squares
+
+
+def factors_of_columns(notes: LayerNotes, columns: Columns) -> Iterator[LayerFactors]:
+    """The columns of F for the parameters of noted layers, as many at a time as memory allows.
+
+    Args:
+        notes: Notes of the layers in the prediction's graph.
+        columns: Gives the columns of the loss factor, see :func:`squares_from_notes`.
+    """
+    some_columns = _chunks(columns(), max(1, CHUNK_NUMEL // max(1, notes.numel)))
     first, second = next(some_columns, None), next(some_columns, None)
     if first is not None and second is not None:
         notes.prove()  # a part of the columns may not reach every layer
-    for U in chain((U for U in (first, second) if U is not None), some_columns):
-        for i, found in notes.factors(U).squares().items():
-            squares[i] = squares[i] + found if i in squares else found
-    return squares
+    return (notes.factors(U) for U in chain((U for U in (first, second) if U is not None), some_columns))
 
 
 def _chunks(columns: Iterator[Tensor], size: int) -> Iterator[Tensor]:

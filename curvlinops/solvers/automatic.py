@@ -12,8 +12,9 @@ from torch import Tensor
 
 from curvlinops.operators.algebra import Node
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.operators.space import Space
-from curvlinops.operators.structured import BlockDiagonal
+from curvlinops.solvers.blockwise import combined, preconditioners_of_blocks, starts_of_blocks
 from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import flat_product, working_dtype
 from curvlinops.solvers.info import SolveInfo, relative, warn_of_convergence
@@ -30,17 +31,20 @@ from curvlinops.solvers.watch import Progress, Watch
 class InverseLinearOperator(Node):
     r"""The inverse :math:`A^{-1}` of a symmetric operator, by what suits it.
 
-    A closed form where A has one (diagonal, block-diagonal, low rank, dense); conjugate gradients where A is known to
-    be positive definite, as ``G.damped(1e-3)`` is; else MINRES. Whichever it is, the solution is verified by its
-    residual.
+    A closed form where A has one (diagonal, block-diagonal, Kronecker product, low rank, dense); conjugate gradients
+    where A is known to be positive definite, as ``G.damped(1e-3)`` is; else MINRES. A block-diagonal operator of which
+    some blocks lack a closed form is solved block by block, each as it suits that block. Whichever it is, the solution
+    is verified by its residual.
 
     **Cost**: of a closed form, its own and one product with A that verifies; else that of the method.
 
     Args:
         A: The operator, self-adjoint.
         rtol: Relative residual ‖b - A x‖ / ‖b‖ to reach; by default 1e-5 in float32 and below, 1e-8 in float64.
-        max_iter: Iterations at most; by default ten times the dimension, but at most 1000.
-        preconditioner: Operator, or function of ``[D, K]``, close to the inverse of A; closed forms need none.
+        max_iter: Iterations at most; by default ten times the dimension, but at most 1000. Block by block, these and
+            the bounds below are those of each block.
+        preconditioner: Operator, or function of ``[D, K]``, close to the inverse of A; closed forms need none. One that
+            is not block-diagonal like A prevents that A is solved block by block.
         x0: First iterate, in any format; closed forms need none.
         warm_start: Whether to begin from the last solution, where it has as many columns.
         max_matvecs: Products at most, each column counted, those that verify included.
@@ -94,6 +98,17 @@ class InverseLinearOperator(Node):
             callback=callback,
         )
         self._closed: LinearOperator | None = None
+        self._options: dict[str, Any] = {
+            "rtol": rtol,
+            "max_iter": max_iter,
+            "warm_start": warm_start,
+            "max_matvecs": max_matvecs,
+            "max_seconds": max_seconds,
+            "progressbar": progressbar,
+            "callback": callback,
+        }
+        self._x0 = x0
+        self._of_blocks: list[InverseLinearOperator] | None = None
         self.POSITIVE_SEMIDEFINITE = A.POSITIVE_SEMIDEFINITE
         self.info: SolveInfo | None = None
 
@@ -103,19 +118,45 @@ class InverseLinearOperator(Node):
 
     @property
     def method(self) -> str:
-        """``"closed form"``, ``"conjugate gradients"`` or ``"MINRES"``."""
-        if _has_closed_form(self._A):
+        """``"closed form"``, ``"block by block"``, ``"conjugate gradients"`` or ``"MINRES"``."""
+        if hasattr(self._A, "inverse"):
             return "closed form"
+        if self._is_blockwise:
+            return "block by block"
         return "MINRES" if isinstance(self._iterative, MINRESInverseLinearOperator) else "conjugate gradients"
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        if _has_closed_form(self._A):
+        if hasattr(self._A, "inverse"):
             return self._by_closed_form(X)
         self.info = None
+        if self._is_blockwise:
+            return self._by_blocks(X)
         try:
             return self._iterative._matmat(X)
         finally:
             self.info = self._iterative.info
+
+    @property
+    def _is_blockwise(self) -> bool:
+        if not isinstance(self._A, BlockDiagonal) or len(self._A.blocks) < 2:
+            return False
+        return preconditioners_of_blocks(self._A, self._iterative._preconditioner) is not None
+
+    def _by_blocks(self, X: list[Tensor]) -> list[Tensor]:
+        A, begin = self._A, time.monotonic()
+        assert isinstance(A, BlockDiagonal)
+        if self._of_blocks is None:
+            starts = starts_of_blocks(A, self._x0)
+            chosen = preconditioners_of_blocks(A, self._iterative._preconditioner) or []
+            self._of_blocks = [
+                InverseLinearOperator(block, preconditioner=P, x0=x0, **self._options)
+                for block, P, x0 in zip(A.blocks, chosen, starts, strict=True)
+            ]
+        parts = A._parts(X)
+        solutions = [inverse._matmat(part) for inverse, part in zip(self._of_blocks, parts, strict=True)]
+        infos = [inverse.info for inverse in self._of_blocks if inverse.info is not None]
+        self.info = combined(infos, parts, self._rtol, time.monotonic() - begin)
+        return A._together(solutions)
 
     def _by_closed_form(self, X: list[Tensor]) -> list[Tensor]:
         self.info, begin = None, time.monotonic()
@@ -173,7 +214,7 @@ class InverseLinearOperator(Node):
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> InverseLinearOperator:
         result = copy.copy(self)
         result._iterative = change(self._iterative)  # type: ignore[assignment]
-        result._closed = result.info = None
+        result._closed = result.info = result._of_blocks = None
         return result
 
     def _repr_extra(self) -> str:
@@ -182,11 +223,5 @@ class InverseLinearOperator(Node):
 
 def _method_for(A: LinearOperator) -> type[CGInverseLinearOperator] | type[MINRESInverseLinearOperator]:
     # A closed form is not asked for its entries before they are needed.
-    is_definite = not _has_closed_form(A) and A._is_definite
+    is_definite = not hasattr(A, "inverse") and A._is_definite
     return CGInverseLinearOperator if is_definite else MINRESInverseLinearOperator
-
-
-def _has_closed_form(A: LinearOperator) -> bool:
-    if isinstance(A, BlockDiagonal):
-        return all(_has_closed_form(block) for block in A.blocks)
-    return hasattr(A, "inverse")

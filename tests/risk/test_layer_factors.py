@@ -179,12 +179,25 @@ def test_rows_that_depend_on_the_data(model: nn.Module, inputs: list[Any]) -> No
 
 
 def test_a_gradient_of_zero_proves_nothing() -> None:
-    """It is not kept either: the next mini-batch may tell."""
+    """Its columns are zero in any layout, but the next mini-batch may tell, so nothing is kept."""
     model, proofs = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).double(), {}  # type: ignore[var-annotated]
     nn.init.constant_(model[0].bias, -100.0)
     X, values = normal(4, 3), list(model.parameters())
-    factors, _ = factors_of(lambda: model(X), values, 1, proofs)
-    assert (factors.positions, proofs) == ([], {})
+    factors, U = factors_of(lambda: model(X), values, 1, proofs)
+    assert (factors.positions, proofs) == ([0, 1], {})
+    check(factors, columns_of(lambda: model(X), values, U))
+
+
+def test_a_single_row_with_a_gradient() -> None:
+    """It fits several layouts, which do not differ on it."""
+    torch.manual_seed(0)
+    model, proofs = nn.Sequential(nn.Linear(3, 2), nn.ReLU()).double(), {}  # type: ignore[var-annotated]
+    nn.init.constant_(model[0].bias, -100.0)
+    X, values = normal(2, 3, 3), list(model.parameters())
+    X[0, 0] = 1e3 * model[0].weight[0].detach()
+    factors, U = factors_of(lambda: model(X), values, 1, proofs)
+    assert (factors.positions, proofs) == ([0, 1], {})
+    check(factors, columns_of(lambda: model(X), values, U))
 
 
 def test_columns_one_by_one_where_vmap_fails() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from curvlinops.risk.layers.parts import (
     Part,
+    Rows,
     add_squares_of_positions,
     combined,
     gram_of_positions,
@@ -83,6 +85,28 @@ class ConvolutionPart(Part):
             found = [self._rows(x) @ patches for x in g.unbind(1)]
         return torch.stack(found, 1).reshape(len(a), self.num_columns, *self.shape)
 
+    def rows(self, data: slice) -> Rows:
+        """Patches of the inputs and the output gradients of some data; in a transposed convolution the other way."""
+        a, g = self.a[data], self.g[data]
+        columns = g.transpose(0, 1).flatten(0, 1)
+        if self.settings.transposed:
+            inputs, outputs = self._pixels(a), self._patched(columns, a.shape[3:])
+        else:
+            inputs, outputs = self._patched(a, g.shape[4:]), self._pixels(columns)
+        return Rows(inputs, outputs.unflatten(2, (self.num_columns, len(a))))
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """The channels of each pixel ``[G, C / G, n, T positions]`` of images ``[n, T, C, *space]``."""
+        n, T, C, *space = images.shape
+        grouped = images.reshape(n, T, self.settings.groups, C // self.settings.groups, prod(space))
+        return grouped.permute(2, 3, 0, 1, 4).flatten(3)
+
+    def _patched(self, images: Tensor, space: torch.Size) -> Tensor:
+        """Patches ``[G, C / G * kernel, n, T positions]`` of images ``[n, T, C, *space]``."""
+        view, dim = self._windows(images, space), len(space)
+        in_order = view.permute(2, 3, *range(4, 4 + dim), 0, 1, *range(4 + dim, view.ndim))
+        return in_order.flatten(dim + 3).flatten(1, dim + 1)
+
     def _rows(self, images: Tensor) -> Tensor:
         """Images ``[n, T, C, *space]`` as rows of channels ``[n, groups, C / groups, T positions]``."""
         n, T, C = images.shape[:3]
@@ -91,6 +115,12 @@ class ConvolutionPart(Part):
 
     def _patches(self, images: Tensor, space: torch.Size) -> Tensor:
         """Patches ``[n, groups, C / groups * kernel, T positions]`` of images ``[n, T, C, *space]``."""
+        n, T = images.shape[:2]
+        view = self._windows(images, space).movedim(1, 3 + len(self.shape[2:]))
+        return view.reshape(n, self.settings.groups, -1, T * space.numel())
+
+    def _windows(self, images: Tensor, space: torch.Size) -> Tensor:
+        """A view ``[n, T, groups, C / groups, *kernel, *space]`` of padded images ``[n, T, C, *space]``."""
         s, kernel = self.settings, self.shape[2:]
         n, T, C = images.shape[:3]
         padded = F.pad(images, [p for size in reversed(s.padding) for p in (size, size)])
@@ -99,29 +129,28 @@ class ConvolutionPart(Part):
         moves = [step * d for step, d in zip(steps, s.stride, strict=True)]
         shape = (n, T, s.groups, C // s.groups, *kernel, *space)
         n_step, T_step, C_step = padded.stride()[:3]
-        view = padded.as_strided(shape, (n_step, T_step, C_step * (C // s.groups), C_step, *strides, *moves))
-        positions = space.numel()
-        return view.movedim(1, 3 + len(kernel)).reshape(n, s.groups, -1, T * positions)
+        return padded.as_strided(shape, (n_step, T_step, C_step * (C // s.groups), C_step, *strides, *moves))
 
     def squares(self) -> Tensor:
         """Patches are unfolded for a few data at a time."""
         if not self._is_linear_on_patches:
             return super().squares()
         total = at_least_float32(self.a.new_zeros(self.shape[0], self.shape[1:].numel()))
-        for data in slices(self.num_data, max(1, 2**22 // self._numel_of_patches())):
+        for data in slices(self.num_data, max(1, 2**22 // self.numel_of_rows())):
             add_squares_of_positions(*self._positions(data), total)
         return total.reshape(self.shape)
 
-    def _numel_of_patches(self) -> int:
+    def numel_of_rows(self) -> int:
         """Numbers in the patches of one datum."""
-        patched, other = (self.g[:, 0], self.a) if self.settings.transposed else (self.a, self.g[:, 0])
-        return patched.shape[1] * patched.shape[2] * self.shape[2:].numel() * other.shape[3:].numel()
+        inputs, outputs = self.a.shape[1:], self.g.shape[2:]
+        patched, other = (outputs, inputs) if self.settings.transposed else (inputs, outputs)
+        return patched[0] * patched[1] * self.shape[2:].numel() * other[2:].numel()
 
     def gram(self, other: Part) -> Tensor:
         """Where that takes less work, by inner products of patches; else by per-datum gradients."""
         if isinstance(other, ConvolutionPart) and self._is_linear_on_patches and other._is_linear_on_patches:
             shapes = [x for part in (self, other) for x in part._shapes_of_positions()]
-            if positions_are_cheaper(*shapes) and self.num_data * self._numel_of_patches() <= 2**26:
+            if positions_are_cheaper(*shapes) and self.num_data * self.numel_of_rows() <= 2**26:
                 whole, others = slice(0, self.num_data), slice(0, other.num_data)
                 return gram_of_positions(*self._positions(whole), *other._positions(others))
         return super().gram(other)

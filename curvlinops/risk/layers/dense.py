@@ -7,6 +7,7 @@ from torch import Tensor
 
 from curvlinops.risk.layers.parts import (
     Part,
+    Rows,
     add_squares_of_positions,
     combined,
     gram_of_positions,
@@ -64,6 +65,11 @@ class LinearPart(Part):
         G = outer_gradients(at_least_float32(self.g[data]), at_least_float32(self.a[data]))
         return self._oriented(G, 2)
 
+    def rows(self, data: slice) -> Rows:
+        """Views of the inputs and output gradients of some data."""
+        a, g = self.a[data], self.g[data]
+        return Rows(a.permute(2, 0, 1).unsqueeze(0), g.permute(3, 1, 0, 2).unsqueeze(0))
+
     def squares(self) -> Tensor:
         """For one position a datum Σ_m (g_m a)² = (Σ_m g_m²) a², so that one product serves all columns."""
         a, g = at_least_float32(self.a), at_least_float32(self.g)
@@ -118,11 +124,12 @@ class DirectPart(Part):
         shape: Shape of the parameter.
         h: Per-datum gradients of its entries ``[N, M, P]``.
         index: Which entries of the flattened parameter these are ``[P]``, all different; ``None`` for all in order.
+        num_positions: At how many positions of a datum it is used.
     """
 
-    def __init__(self, shape: torch.Size, h: Tensor, index: Tensor | None = None) -> None:
+    def __init__(self, shape: torch.Size, h: Tensor, index: Tensor | None = None, num_positions: int = 1) -> None:
         super().__init__(shape, h.shape[0], h.shape[1])
-        self.h, self.index = h, index
+        self.h, self.index, self.num_positions = h, index, num_positions
 
     def tensors(self) -> list[Tensor]:
         """The gradients."""
@@ -175,7 +182,7 @@ class DirectPart(Part):
         """Sums of gradients of the same entries."""
         if not isinstance(other, DirectPart) or not _same(self.index, other.index):
             return None
-        return DirectPart(self.shape, self.h + other.h, self.index)
+        return DirectPart(self.shape, self.h + other.h, self.index, self.num_positions + other.num_positions)
 
 
 def _same(index: Tensor | None, other: Tensor | None) -> bool:
@@ -190,12 +197,13 @@ class LookupPart(Part):
     Args:
         shape: Shape of the parameter ``[R, I]``.
         indices: Which row each position takes ``[N, T]``.
-        g: Output gradients ``[N, M, T, I]``.
+        g: Output gradients ``[N, M, T, I]``, zero where the padding row is taken.
+        padding_idx: The row that gets no gradient, or ``None``.
     """
 
-    def __init__(self, shape: torch.Size, indices: Tensor, g: Tensor) -> None:
+    def __init__(self, shape: torch.Size, indices: Tensor, g: Tensor, padding_idx: int | None = None) -> None:
         super().__init__(shape, g.shape[0], g.shape[1])
-        self.indices, self.g = indices, g
+        self.indices, self.g, self.padding_idx = indices, g, padding_idx
 
     def tensors(self) -> list[Tensor]:
         """Indices and output gradients."""
@@ -258,7 +266,7 @@ class LookupPart(Part):
 
     def merged(self, other: Part) -> Part | None:
         """Two uses, one after the other along the positions."""
-        if not isinstance(other, LookupPart):
+        if not isinstance(other, LookupPart) or other.padding_idx != self.padding_idx:
             return None
         indices, g = torch.cat([self.indices, other.indices], 1), torch.cat([self.g, other.g], 2)
-        return LookupPart(self.shape, indices, g)
+        return LookupPart(self.shape, indices, g, self.padding_idx)

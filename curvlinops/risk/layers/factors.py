@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Protocol
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 from curvlinops.risk.layers.dense import DirectPart, LinearPart
-from curvlinops.risk.layers.notes import ConvolutionUse, Layout
+from curvlinops.risk.layers.notes import BroadcastUse, ConvolutionUse, Layout, LinearUse
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, Part, gram_of_gradients, slices, summed_gradients
 from curvlinops.risk.layers.proofs import CompleteNotes, Proofs, RowMeasurement, complete_notes
 from curvlinops.risk.layers.recorder import LayerRecorder
@@ -76,7 +78,7 @@ class LayerNotes:
         """The columns of F that loss-factor columns ``[M, *out]`` give.
 
         Cost: a backward a column; where the layouts are not known yet, one more, with a combination of these columns.
-        For columns that do not reach every layer and position, call :meth:`prove` before.
+        For no columns, and columns that do not reach every layer and position, call :meth:`prove` before.
         """
         gradients = self._gradients(U)
         if not self.is_proved:
@@ -96,6 +98,17 @@ class LayerNotes:
         known = {i: _merged(found) for i, found in sorted(parts.items()) if i in left}
         return LayerFactors(known, len(self._prediction), len(U))
 
+    def biases(self) -> dict[int, int]:
+        """The position of the bias of each weight, where the two are used by the same calls, and no others are."""
+        pairs: set[tuple[int, int]] = set()
+        for note in self._notes:
+            weights = [use for use in note.uses if isinstance(use, (LinearUse, ConvolutionUse))]
+            plain = [use for use in note.uses if isinstance(use, BroadcastUse) and use.factor is use.index is None]
+            whole = [use for use in plain if prod(use.aligned) == use.shape.numel() == max(use.aligned)]
+            pairs |= {(w.position, b.position) for w in weights for b in whole}
+        uses = [Counter(use.position for use in note.uses) for note in self._notes]
+        return {w: b for w, b in pairs if {w, b} <= self.complete and all(count[w] == count[b] <= 1 for count in uses)}
+
     def _measure(self, column: Tensor, gradients: Sequence[Tensor]) -> None:
         rows = RowMeasurement(self._prediction)
         scaled = self._gradients(rows.scaled(column).unsqueeze(0))
@@ -109,6 +122,8 @@ class LayerNotes:
         """The gradients of ⟨u_m, prediction⟩ at the outputs of the noted layers ``[M, *output]``."""
         if not self._notes:
             return []
+        if len(U) == 0:
+            return [U.new_zeros(0, *note.output) for note in self._notes]
         convolutions = any(isinstance(use, ConvolutionUse) for note in self._notes for use in note.uses)
         # Under vmap, the backward of a convolution costs twice as much.
         if len(U) > 1 and self._engine.vmap and not convolutions:
@@ -177,6 +192,10 @@ class LayerFactors:
         self.num_data = num_data
         self.num_columns = num_columns
 
+    def parts(self, position: int) -> list[Part]:
+        """What the uses of a covered parameter contribute."""
+        return self._parts[position]
+
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it holds."""
         return (t for parts in self._parts.values() for part in parts for t in part.tensors())
@@ -197,9 +216,11 @@ class LayerFactors:
 
     def squares(self) -> dict[int, Tensor]:
         """The diagonal of F Fᵀ ``[*shape]`` for each covered parameter."""
-        return {i: self._squares_of(parts) for i, parts in self._parts.items()}
+        return {i: self.squares_of(i) for i in self._parts}
 
-    def _squares_of(self, parts: list[Part]) -> Tensor:
+    def squares_of(self, position: int) -> Tensor:
+        """The entries of the diagonal of F Fᵀ that belong to one covered parameter."""
+        parts = self._parts[position]
         if len(parts) == 1:
             return parts[0].squares()
         return _sum(summed_gradients(parts, data).square_().sum((0, 1)) for data in self._some_data(parts))

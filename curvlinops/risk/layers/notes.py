@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -99,7 +100,7 @@ class LookupUse(Use):
         rows = _rows(g, num_leading, layout)
         if self.padding_idx is not None:
             rows = rows.masked_fill((indices == self.padding_idx)[:, None, :, None], 0)
-        return LookupPart(self.shape, indices, rows)
+        return LookupPart(self.shape, indices, rows, self.padding_idx)
 
 
 @dataclass(frozen=True)
@@ -128,15 +129,16 @@ class BroadcastUse(Use):
             return None
         axis, before, after = place
         split = (before, layout.num_data, after)
-        if self.factor is None:
+        num_positions = g.shape[1:].numel() // (layout.num_data * prod(self.aligned))
+        if self.factor is None or len(g) == 0:
             h = self._sums(g, axis, split)
         else:
             factor = self.factor().expand(g.shape[1:])
             columns = [self._sums((at_least_float32(u) * factor).unsqueeze(0), axis, split) for u in g.unbind(0)]
             h = torch.stack([column.squeeze(1) for column in columns]).transpose(0, 1)
         if self.index is None:
-            return DirectPart(self.shape, h)
-        return DirectPart(self.shape, *_distinct(h, self.index().flatten()))
+            return DirectPart(self.shape, h, None, num_positions)
+        return DirectPart(self.shape, *_distinct(h, self.index().flatten()), num_positions)
 
     def _sums(self, product: Tensor, axis: int, split: tuple[int, int, int]) -> Tensor:
         """Sums for each datum and column ``[N, M, P]`` of ``[M, *output]``; a view where there is nothing to sum."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,10 +15,23 @@ from curvlinops.risk.losses.base import at_least_float32
 CHUNK_NUMEL = 2**26
 
 #: Rows of a matrix that are multiplied at once where the product is known to be symmetric.
-_SYMMETRIC_ROWS = 256
+SYMMETRIC_ROWS = 256
 
 #: Numbers of per-datum gradients that are squared and summed at once, so that they stay in the processor's cache.
 _CACHED_NUMEL = 2**18
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Inputs and output gradients of a weight ``[G, R, S]``: the column of datum n is Σ_t g_mnt a_ntᵀ in each group.
+
+    Attributes:
+        a: Inputs ``[G, S, n, T]``.
+        g: Output gradients ``[G, R, M, n, T]``.
+    """
+
+    a: Tensor
+    g: Tensor
 
 
 class Part(ABC):
@@ -51,6 +65,10 @@ class Part(ABC):
     @abstractmethod
     def gradients(self, data: slice) -> Tensor:
         """The columns of some data, in at least float32 ``[n, M, *shape]``."""
+
+    def rows(self, data: slice) -> Rows | None:
+        """The columns of some data as sums of outer products, where the parameter is a weight that maps rows."""
+        return None
 
     def squares(self) -> Tensor:
         """The row sums of squares Σ_nm F_nm², in at least float32."""
@@ -128,10 +146,10 @@ def inner(g: Tensor, y: Tensor) -> Tensor:
 
 def inner_products(x: Tensor, y: Tensor) -> Tensor:
     """X yᵀ, of matrices with a vector in each row; half of it is computed where both are the same."""
-    if x.data_ptr() != y.data_ptr() or x.shape != y.shape or x.stride() != y.stride() or len(x) <= _SYMMETRIC_ROWS:
+    if x.data_ptr() != y.data_ptr() or x.shape != y.shape or x.stride() != y.stride() or len(x) <= SYMMETRIC_ROWS:
         return x @ y.T
     result = x.new_empty(len(x), len(x))
-    for rows in slices(len(x), _SYMMETRIC_ROWS):
+    for rows in slices(len(x), SYMMETRIC_ROWS):
         torch.mm(x[rows], x[: rows.stop].T, out=result[rows, : rows.stop])
         result[: rows.start, rows] = result[rows, : rows.start].T
     return result

@@ -134,9 +134,9 @@ class RowMeasurement:
         return column * self.z.reshape(-1, *(1 for _ in column.shape[1:]))
 
     def layout(self, note: Note, g: Tensor, scaled: Tensor) -> tuple[Layout | None, bool]:
-        """The layout that explains every row, if exactly one does, and whether that is certain for other mini-batches.
+        """The layout that explains every row, if there is only one, and whether that is certain for other mini-batches.
 
-        With few gradients that are not zero it is not certain.
+        With few gradients that are not zero it is not certain; without any, all layouts are right.
 
         Args:
             note: The note.
@@ -150,20 +150,20 @@ class RowMeasurement:
         noise = 64 * torch.finfo(g.dtype).eps * lengths.max()
         live = lengths > noise
         num_live = int(live.sum())
-        if num_live == 0:
-            return None, False
         certain = num_live >= min(note.num_rows, _ENOUGH_ROWS)
         layouts, factors = self._candidates(note.num_rows, rows.dtype)
+        if num_live == 0 and bool(lengths.isfinite().all()):
+            return layouts[0], False  # columns of zeros are right in any layout
         ratios = (scaled_rows * rows).sum(1) / lengths.square()
         # Factors differ by a factor of two at least, so that a wrong one is far away in any precision.
         fits = (((ratios / factors - 1).abs_() <= 0.2) | ~live).all(1).nonzero().flatten().tolist()
-        if len(fits) != 1:
+        if not fits or not _are_alike([layouts[fit] for fit in fits], live):
             return None, certain and not fits
         expected = factors[fits[0]].unsqueeze(1)
         errors = torch.linalg.vector_norm(scaled_rows - rows * expected, dim=1)
         allowed = (_tolerance(g) * lengths).masked_fill_(~live, 0.0) + noise
         agrees = bool((errors <= allowed * expected.squeeze(1).abs()).all())
-        return (layouts[fits[0]] if agrees else None), certain
+        return (layouts[fits[0]] if agrees else None), certain and len(fits) == 1
 
     def _on_directions(self, num_rows: int, *gradients: Tensor) -> list[Tensor]:
         width = gradients[0].numel() // num_rows
@@ -181,6 +181,17 @@ class RowMeasurement:
             factors = [z.expand(t.before, num_data, t.after).reshape(-1) for t in layouts]
             self._known[num_rows, dtype] = layouts, torch.stack(factors)
         return self._known[num_rows, dtype]
+
+
+def _are_alike(layouts: list[Layout], live: Tensor) -> bool:
+    """Whether layouts give each row that has a gradient to the same datum."""
+    if len(layouts) == 1:
+        return True
+    first, *others = (
+        torch.arange(t.num_data, device=live.device).reshape(1, -1, 1).expand(t.before, -1, t.after).reshape(-1)[live]
+        for t in layouts
+    )
+    return all(torch.equal(first, other) for other in others)
 
 
 def _tolerance(g: Tensor) -> float:

@@ -86,6 +86,11 @@ class Terms(ABC):
         self._channels_axis = channels_axis
         self.rows = self.to_rows(prediction.unsqueeze(-1)).squeeze(-1)
 
+    @property
+    def num_positions(self) -> int:
+        """Positions of a datum, T."""
+        return self.rows.shape[1]
+
     def to_rows(self, U: Tensor) -> Tensor:
         """Columns in the prediction's shape ``[*out, K]`` as rows ``[N, T, C, K]`` in at least float32."""
         num_columns = U.shape[-1]
@@ -102,6 +107,10 @@ class Terms(ABC):
             return R.reshape(*self._shape, num_columns).to(self._dtype)
         moved = (*self._shape[:axis], *self._shape[axis + 1 :], self._shape[axis], num_columns)
         return R.reshape(moved).movedim(-2, axis).to(self._dtype)
+
+    @abstractmethod
+    def masses(self) -> Tensor | None:
+        """By what options and weights multiply each entry's curvature ``[N, T or 1, C or 1]``; ``None`` for one."""
 
     @abstractmethod
     def value(self) -> Tensor:

@@ -59,6 +59,9 @@ class _BCETerms(Terms):
         self._positive = self.to_rows(positive.unsqueeze(-1)).squeeze(-1) * scale
         self._mass = self._positive + self.to_rows(negative.unsqueeze(-1)).squeeze(-1) * scale
 
+    def masses(self) -> Tensor | None:
+        return self._mass
+
     def _probability(self) -> Tensor:
         return self.rows.detach().sigmoid()
 

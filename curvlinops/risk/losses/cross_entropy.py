@@ -149,6 +149,9 @@ class _CrossEntropyTerms(Terms):
         # The numbers that multinomial draws depend on the order in memory, hence one order for all.
         self._probability = self.to_rows(self._probability.unsqueeze(-1)).squeeze(-1).contiguous()
 
+    def masses(self) -> Tensor | None:
+        return self._total.unsqueeze(-1)
+
     def value(self) -> Tensor:
         return -self._mass.inner(self.rows.log_softmax(-1))
 

@@ -45,6 +45,10 @@ class _GenericTerms(Terms):
         self._factor = prediction.shape[0] if loss.reduction == "mean" else 1
         self._gradient: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def num_positions(self) -> int:
+        return 1
+
     def to_rows(self, U: Tensor) -> Tensor:
         return U
 
@@ -57,6 +61,9 @@ class _GenericTerms(Terms):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"Loss {self._loss.name}: expected a scalar, got {got}.")
         return value.reshape(()) * self._factor
+
+    def masses(self) -> Tensor | None:
+        return None
 
     def value(self) -> Tensor:
         return self._evaluate(self._prediction)

@@ -57,6 +57,9 @@ class _SquaredErrorTerms(Terms):
         self._y = self.to_rows(y.unsqueeze(-1)).squeeze(-1)
         self._weight = per_row(weight, self.rows)
 
+    def masses(self) -> Tensor | None:
+        return self._weight if isinstance(self._weight, Tensor) else None
+
     def value(self) -> Tensor:
         return (self._weight * (self.rows - self._y).square()).sum()
 

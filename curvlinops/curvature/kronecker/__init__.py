@@ -1,0 +1,1 @@
+"""Kronecker-factored curvature: KFAC, EKFAC and KFOC over all parameters of a model."""

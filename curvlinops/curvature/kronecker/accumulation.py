@@ -1,0 +1,140 @@
+"""How far the computation of a Kronecker-factored matrix has come, as plain tensors that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from curvlinops.curvature.kronecker.blocks import Block
+from curvlinops.curvature.kronecker.factored_blocks import EmbeddingBlock, KroneckerBlock
+from curvlinops.curvature.kronecker.other_blocks import DiagonalBlock, ExactBlock, IdentityBlock
+from curvlinops.risk.passes import Pass
+
+#: Changes with the meaning of what is saved.
+_VERSION = 1
+
+#: The kinds by their names.
+_KINDS: dict[str, type[Block]] = {
+    kind.kind: kind for kind in (KroneckerBlock, EmbeddingBlock, ExactBlock, DiagonalBlock, IdentityBlock)
+}
+
+
+@dataclass
+class Accumulation:
+    """What is known after some mini-batches of some pass over the data.
+
+    Attributes:
+        blocks: The blocks, once the first mini-batch has shown them.
+        kept: What finished passes left for each block, by name.
+        num_passes: How many passes are finished.
+        current: The sums of the pass that is under way.
+        generator_states: The state of the random generator before each of the last mini-batches.
+        is_done: Whether nothing is left to compute.
+        fingerprint: Of the parameters at which the current pass began.
+    """
+
+    blocks: list[Block] | None = None
+    kept: list[dict[str, Tensor]] = field(default_factory=list)
+    num_passes: int = 0
+    current: Pass | None = None
+    generator_states: dict[int, Tensor] = field(default_factory=dict)
+    is_done: bool = False
+    fingerprint: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def note_generator(self, batch: int, generator: torch.Generator) -> None:
+        """Remember the generator's state before a mini-batch; those long past are forgotten."""
+        self.generator_states[batch] = generator.get_state()
+        self.generator_states.pop(batch - 2, None)
+
+
+def to_tensors(state: Accumulation, settings: Mapping[str, int]) -> dict[str, Tensor]:
+    """A flat dict of plain tensors, none of which shares memory with another.
+
+    Args:
+        state: What is saved.
+        settings: What the matrix depends on, as numbers.
+    """
+    numbers = {"version": _VERSION, "num_passes": state.num_passes, "is_done": int(state.is_done), **settings}
+    saved = {name: torch.tensor(value) for name, value in numbers.items()}
+    kept = state.kept or [{} for _ in state.blocks or []]
+    for number, (block, tensors) in enumerate(zip(state.blocks or [], kept, strict=True)):
+        head = f"block.{number}.{block.kind}"
+        saved[f"{head}.positions"] = torch.tensor(block.positions)
+        saved[f"{head}.layout"] = torch.tensor(block.layout, dtype=torch.long)
+        saved |= {f"{head}.{name}": tensor.clone() for name, tensor in tensors.items()}
+    if state.current is not None and state.current.num_batches:
+        saved |= _saved_pass(state.current)
+        saved["pass.fingerprint"] = state.fingerprint.clone()
+        if state.current.num_batches in state.generator_states:
+            saved["pass.generator"] = state.generator_states[state.current.num_batches].clone()
+    return {name: tensor.contiguous() for name, tensor in saved.items()}
+
+
+def _saved_pass(found: Pass) -> dict[str, Tensor]:
+    numbers = {"num_batches": found.num_batches, "num_data": found.num_data}
+    saved = {f"pass.{name}": torch.tensor(number) for name, number in numbers.items()}
+    saved["pass.denominator"] = found.denominator.clone()
+    return saved | {f"pass.sum.{i}": tensor.clone() for i, tensor in enumerate(found.sums)}
+
+
+def from_tensors(saved: Mapping[str, Tensor], settings: Mapping[str, int], params: Sequence[Tensor]) -> Accumulation:
+    """Read what :func:`to_tensors` wrote.
+
+    Args:
+        saved: The tensors.
+        settings: What the matrix is to depend on.
+        params: The parameters, for their shapes and their device.
+
+    Raises:
+        ValueError: If it was saved under other settings, or does not fit the parameters.
+    """
+    expected = {"version": _VERSION, **settings}
+    found = {name: int(saved[name]) if name in saved else None for name in expected}
+    wrong = [
+        f"{name} {found[name]} where {value} is expected" for name, value in expected.items() if found[name] != value
+    ]
+    if wrong:
+        raise ValueError(f"The state was saved with other settings: {', '.join(wrong)}. Build the operator as then.")
+    device = params[0].device
+    heads = sorted(
+        {".".join(n.split(".")[:3]) for n in saved if n.startswith("block.")}, key=lambda h: int(h.split(".")[1])
+    )
+    blocks, kept = [], []
+    for head in heads:
+        tensors = {n.removeprefix(f"{head}."): t for n, t in saved.items() if n.startswith(f"{head}.")}
+        positions, layout = tensors.pop("positions").tolist(), tensors.pop("layout").tolist()
+        if max(positions) >= len(params):
+            raise ValueError(f"The state has a parameter number {max(positions)}, but params has {len(params)}.")
+        blocks.append(_KINDS[head.split(".")[2]].restored(positions, [params[i].shape for i in positions], layout))
+        kept.append({name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
+    if blocks and sorted(i for block in blocks for i in block.positions) != list(range(len(params))):
+        raise ValueError("The state has blocks of other parameters than params.")
+    state = Accumulation(blocks or None, kept if any(kept) else [], int(saved["num_passes"]))
+    state.is_done = bool(saved["is_done"])
+    state.current = _read_pass(saved, device)
+    if state.current is not None:
+        state.fingerprint = saved["pass.fingerprint"].clone()
+        if "pass.generator" in saved:
+            state.generator_states = {state.current.num_batches: saved["pass.generator"].clone()}
+    return state
+
+
+def _read_pass(saved: Mapping[str, Tensor], device: torch.device) -> Pass | None:
+    if "pass.num_batches" not in saved:
+        return None
+    names = sorted((n for n in saved if n.startswith("pass.sum.")), key=lambda n: int(n.rsplit(".", 1)[1]))
+    return Pass(
+        [saved[name].to(device, copy=True) for name in names],
+        saved["pass.denominator"].to(device, copy=True),
+        num_data=int(saved["pass.num_data"]),
+        num_batches=int(saved["pass.num_batches"]),
+        are_ours=True,
+    )
+
+
+def fingerprint_of(params: Sequence[Tensor]) -> Tensor:
+    """Norms of the parameters, by which changed ones are told."""
+    return torch.stack([norm.double() for norm in torch._foreach_norm([p.detach() for p in params])]).cpu()

@@ -1,0 +1,207 @@
+"""What KFAC, EKFAC and KFOC share: passes over the data, the blocks they make, and closed forms of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self, TypedDict, Unpack
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from curvlinops.curvature.gradient_moments import require_terms
+from curvlinops.curvature.kronecker.accumulation import Accumulation, from_tensors, to_tensors
+from curvlinops.curvature.kronecker.closed_forms import ClosedForms
+from curvlinops.curvature.kronecker.plan import Options
+from curvlinops.curvature.kronecker.streaming import StreamedBlocks
+from curvlinops.curvature.kronecker.table import BlockTable
+from curvlinops.curvature.kronecker.types import FisherType, KFACType
+from curvlinops.curvature.sandwich import Sampling
+from curvlinops.operators.block_diagonal import BlockDiagonal
+from curvlinops.risk.model import Parameters
+
+
+class KroneckerOptions(TypedDict, total=False):
+    """Keyword-only arguments of KFAC, EKFAC and KFOC."""
+
+    terms: str
+    unsupported: str
+    weight_fn: Callable[[Any, Any], Tensor] | None
+    process_group: ProcessGroup | None
+
+
+class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
+    """A block-diagonal approximation whose blocks are Kronecker products where a weight meets inputs.
+
+    Computed once, at first use, and frozen from then on.
+    """
+
+    SELF_ADJOINT = True
+    POSITIVE_SEMIDEFINITE = True
+
+    def __init__(
+        self,
+        model_func: Callable[..., Any],
+        loss_func: Callable[[Tensor, Any], Tensor],
+        params: Parameters,
+        data: Iterable[Any],
+        progressbar: bool,
+        check_deterministic: bool,
+        seed: int,
+        fisher_type: FisherType | str,
+        mc_samples: int,
+        kfac_approx: KFACType | str,
+        num_per_example_loss_terms: int | None,
+        separate_weight_and_bias: bool,
+        num_data: int | None,
+        batch_size_fn: Callable[[Any], int] | None,
+        **options: Unpack[KroneckerOptions],
+    ) -> None:
+        terms, unsupported = options.get("terms", "position"), options.get("unsupported", "diagonal")
+        self._fisher_type = _member(FisherType, fisher_type, "fisher_type")
+        self._sampling = Sampling(_checked_samples(mc_samples, self._fisher_type), seed)
+        self._ORDER_MATTERS = self._fisher_type == FisherType.MC
+        self._num_positions = num_per_example_loss_terms
+        self._state = Accumulation()
+        self._uncovered: set[int] = set()
+        self._structure: BlockDiagonal | None = None
+        super().__init__(
+            model_func,
+            loss_func,
+            params,
+            data,
+            progressbar,
+            check_deterministic,
+            num_data,
+            batch_size_fn,
+            weight_fn=options.get("weight_fn"),
+            process_group=options.get("process_group"),
+        )
+        self._terms = terms
+        if self._fisher_type != FisherType.FORWARD_ONLY:
+            require_terms(self, terms)
+        if unsupported not in ("diagonal", "error"):
+            raise ValueError(f"unsupported: expected 'diagonal' or 'error', got {unsupported!r}.")
+        self._options = Options(
+            joins_biases=not separate_weight_and_bias,
+            reduces=_member(KFACType, kfac_approx, "kfac_approx") == KFACType.REDUCE,
+            has_gradients=self._fisher_type != FisherType.FORWARD_ONLY,
+            is_strict=unsupported == "error",
+        )
+
+    @property
+    def blocks(self) -> BlockTable:
+        """What each parameter got: a table, printed line by line, and a sequence of rows.
+
+        Computes the matrix if that is still to be done.
+        """
+        self.compute()
+        return BlockTable.of(self._state.blocks or [], self.domain, self._state.kept)
+
+    def factors(self, name: str | int) -> dict[str, Tensor]:
+        """Copies of what the block of a parameter is made of.
+
+        Args:
+            name: Name of the parameter, or its position in ``params``.
+
+        Returns:
+            For a Kronecker product ``gradient_covariance`` ``[R, R]`` and ``input_covariance`` ``[S, S]``, with an axis
+            of groups in front where there is more than one; for an embedding the latter is the diagonal ``[rows]``;
+            ``matrix`` or ``diagonal`` for other blocks. The rows of the former belong to outputs, those of the latter
+            to inputs, a joined bias being the last.
+
+        Raises:
+            KeyError: If there is no such parameter.
+        """
+        position = self._position(name)
+        self.compute()
+        number = next(k for k, block in enumerate(self._state.blocks or []) if position in block.positions)
+        kept = self._state.kept[number]
+        return {
+            what: (tensor.squeeze(0) if tensor.ndim == 3 else tensor).to(self.dtype).clone()
+            for what, tensor in kept.items()
+        }
+
+    def _position(self, name: str | int) -> int:
+        names = self.domain.names
+        if isinstance(name, str) and names is not None and name in names:
+            return names.index(name)
+        if isinstance(name, int) and 0 <= name < len(self._params):
+            return name
+        known = list(range(len(self._params))) if names is None else list(names)
+        raise KeyError(f"There is no parameter {name!r}; the parameters are {known}.")
+
+    @property
+    def _computed(self) -> BlockDiagonal:
+        return self._built()
+
+    def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> Self:
+        """Itself, computed."""
+        return self.compute()
+
+    def frozen(self) -> Self:
+        """Itself, once computed; otherwise the matrix at copies of parameters and buffers."""
+        return self if self._holds_values else super().frozen()
+
+    def _copied(self) -> Self:
+        result = super()._copied()
+        result._state = Accumulation()
+        result._uncovered = set(self._uncovered)
+        return result
+
+    @property
+    def _holds_values(self) -> bool:
+        return self._state.is_done or self._is_frozen
+
+    def _repr_extra(self) -> str:
+        computed = ", frozen at the parameters it was computed at" if self._state.is_done else ""
+        return f", {self._fisher_type}{computed or super()._repr_extra()}"
+
+    def _settings(self) -> dict[str, int]:
+        """What the matrix depends on, as numbers."""
+        return {
+            "fisher_type": list(FisherType).index(self._fisher_type),
+            "mc_samples": self._sampling.num_samples,
+            "seed": self._sampling.seed if self._fisher_type == FisherType.MC else 0,
+            "reduces": int(self._options.reduces),
+            "joins_biases": int(self._options.joins_biases),
+            "sums_terms": int(self._fisher_type == FisherType.EMPIRICAL and self._terms == "datum"),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What was computed so far, as a flat dict of plain tensors, as safetensors store them.
+
+        Taken after some mini-batches (see :meth:`compute`), it lets another operator of the same model and data go on
+        with the next one, with the same result to the bit. Under a process group, each rank saves its own.
+        """
+        return to_tensors(self._state, self._settings())
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Go on from a saved state. Model, parameters and data are not touched.
+
+        Args:
+            state_dict: What :meth:`state_dict` gave, of an operator that was built with the same arguments.
+
+        Raises:
+            ValueError: If it was saved with other arguments, or for other parameters.
+        """
+        self._state = from_tensors(state_dict, self._settings(), self._params)
+        self._structure = None
+
+
+def _member(kind: Any, value: Any, argument: str) -> Any:
+    try:
+        return kind(value)
+    except ValueError:
+        raise ValueError(f"{argument}: expected one of {[str(m) for m in kind]}, got {value!r}.") from None
+
+
+def _checked_samples(mc_samples: int, fisher_type: FisherType) -> int:
+    if fisher_type == FisherType.MC:
+        if mc_samples == 0:
+            raise ValueError("mc_samples: expected at least one sample; fisher_type='type-2' is the exact matrix.")
+        return mc_samples
+    if mc_samples != 1:
+        raise ValueError(
+            f"mc_samples={mc_samples} has no meaning with fisher_type={str(fisher_type)!r}: only with 'mc'."
+        )
+    return 1

@@ -1,0 +1,94 @@
+"""What a diagonal block is: what is summed of a mini-batch, and what is made of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.space import Space
+from curvlinops.risk.layers.factors import LayerFactors
+from curvlinops.risk.layers.weights import Moments
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of one mini-batch, or some of them, with what blocks need beside them.
+
+    Attributes:
+        factors: The columns in structured form.
+        weight: Weight of each datum ``[N]`` in the curvature, ``None`` for one.
+        moments: Moments that are known of them.
+        squares: Row sums of squares of parameters that layer notes do not cover, by position.
+    """
+
+    factors: LayerFactors
+    weight: Tensor | None
+    moments: Moments = field(default_factory=Moments)
+    squares: Mapping[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def total_weight(self) -> Tensor:
+        """The sum of the weights of the data."""
+        if self.weight is None:
+            return torch.tensor(float(self.factors.num_data), dtype=torch.float64)
+        return self.weight.sum()
+
+
+class Block(ABC):
+    """One diagonal block.
+
+    Args:
+        positions: Position of the parameter, or of a weight and its bias.
+        shapes: Their shapes.
+        reason: Why it is of this kind, where that is not plain.
+    """
+
+    #: What it is called in tables.
+    kind: ClassVar[str]
+    #: Names of what is summed, of inputs and of gradients.
+    of_inputs: ClassVar[tuple[str, ...]] = ()
+    of_gradients: ClassVar[tuple[str, ...]] = ()
+    #: Whether layer notes must cover its parameters.
+    needs_notes: ClassVar[bool] = True
+
+    def __init__(self, positions: Sequence[int], shapes: Sequence[torch.Size], reason: str = "") -> None:
+        self.positions = tuple(positions)
+        self.shapes = tuple(tuple(shape) for shape in shapes)
+        self.reason = reason
+
+    def input_sums(self, columns: Columns) -> list[Tensor]:
+        """What is summed of the inputs of a mini-batch."""
+        return []
+
+    def gradient_sums(self, columns: Columns) -> list[Tensor]:
+        """What is summed of the columns of a mini-batch, or some of them."""
+        return []
+
+    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What is kept, of the scaled sums over all data."""
+        return dict(sums)
+
+    @abstractmethod
+    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+        """The block as an operator."""
+
+    @property
+    def layout(self) -> list[int]:
+        """Numbers that, with positions and shapes, make the block again."""
+        return []
+
+    @classmethod
+    def restored(cls, positions: Sequence[int], shapes: Sequence[torch.Size], layout: Sequence[int]) -> Block:
+        """The block of a saved layout."""
+        return cls(positions, shapes)
+
+
+def covariance(moment: Tensor, count: Tensor) -> Tensor:
+    """A sum divided by the weight of its terms; zero where there are none."""
+    return moment / count.clamp_min(torch.finfo(count.dtype).tiny)

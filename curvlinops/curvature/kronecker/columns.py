@@ -1,0 +1,87 @@
+"""The columns of one mini-batch, in pieces, and what else of it enters Kronecker factors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor
+
+from curvlinops.risk.empirical_risk import EmpiricalRisk
+from curvlinops.risk.layers.factors import LayerFactors
+from curvlinops.risk.losses import Terms
+from curvlinops.risk.losses.factors import LossFactor
+from curvlinops.risk.per_datum import factors_of_columns, squares_datum_by_datum
+
+
+class BatchColumns:
+    """The columns of F = Jᵀ S at one mini-batch.
+
+    Args:
+        risk: Model, loss and data.
+        X: Inputs.
+        y: Targets.
+        loss_factor: Makes S of the loss's terms; ``None`` for no columns, only inputs.
+        num_positions: Positions that a datum's loss is said to have, ``None`` if nothing is said.
+    """
+
+    def __init__(
+        self,
+        risk: EmpiricalRisk,
+        X: Any,
+        y: Any,
+        loss_factor: Callable[[Terms], LossFactor] | None,
+        num_positions: int | None,
+    ) -> None:
+        self._risk, self._X = risk, X
+        self._lin, self._notes = risk.noted(X)
+        terms = risk.terms(self._lin.output, X, y)
+        if num_positions is not None and terms.num_positions != num_positions:
+            raise ValueError(
+                f"num_per_example_loss_terms={num_positions}, but the loss of a datum has {terms.num_positions} terms."
+            )
+        self._factor = None if loss_factor is None else loss_factor(terms)
+        self.weight = datum_weights(terms)
+        self.squared_weight = datum_weights(terms, squared=True)
+
+    @property
+    def biases(self) -> dict[int, int]:
+        """The position of the bias of each weight that has one to itself."""
+        return self._notes.biases()
+
+    def for_each(self, action: Callable[[LayerFactors], None]) -> None:
+        """Act on all columns, as many at a time as memory allows; without a loss factor, on a piece without columns."""
+
+        def act() -> None:
+            for piece in self._pieces():
+                action(piece)
+
+        self._risk.model.holding(self._lin.values, act)
+
+    def _pieces(self) -> Iterator[LayerFactors]:
+        if self._factor is not None:
+            yield from factors_of_columns(self._notes, self._factor.columns)
+            return
+        self._notes.prove()
+        yield self._notes.factors(self._lin.output.new_zeros(0, *self._lin.output.shape))
+
+    def squares(self, positions: list[int]) -> dict[int, Tensor]:
+        """Row sums of squares for parameters that are not covered, from per-datum gradients."""
+        factor = self._factor
+        if not positions or factor is None:
+            return {}
+        # The notes are read off the backward itself; what is differentiated in other ways must agree with it.
+        self._risk.check_directions(self._X)
+        found = self._risk.model.holding(
+            self._lin.values,
+            lambda: squares_datum_by_datum(self._risk.model, self._X, self._lin, positions, factor.columns),
+        )
+        return dict(zip(positions, found, strict=True))
+
+
+def datum_weights(terms: Terms, squared: bool = False) -> Tensor | None:
+    """The weight of each datum in the curvature ``[N]``, the mean over its entries; ``None`` if all are one."""
+    masses = terms.masses()
+    if masses is None or bool((masses == 1).all()):
+        return None
+    return (masses.square() if squared else masses).flatten(1).mean(1)

@@ -1,0 +1,105 @@
+"""Blocks of parameters without an input: whole ones, diagonals, and multiples of the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.operators.arrangement import Arrangement
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.factors import DenseFactor, DiagonalFactor
+from curvlinops.operators.kronecker import Kronecker
+from curvlinops.operators.space import Space
+from curvlinops.operators.structured import Diagonal
+from curvlinops.risk.layers.dense import DirectPart
+from curvlinops.risk.layers.weights import moment_of_entries
+
+
+class ExactBlock(Block):
+    """A bias, a normalisation's scale or shift, or a bare parameter: the whole block, since it is small."""
+
+    kind = "exact"
+    of_gradients = ("matrix",)
+
+    def gradient_sums(self, columns: Columns) -> list[Tensor]:
+        """Σ h hᵀ."""
+        (part,) = columns.factors.parts(self.positions[0])
+        assert isinstance(part, DirectPart)
+        return [moment_of_entries(part, columns.moments)]
+
+    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The matrix, symmetric."""
+        return {"matrix": sums["matrix"]}
+
+    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+        """The matrix, as a Kronecker product with one factor."""
+        matrix = kept["matrix"].unsqueeze(0)
+        left, one = DenseFactor(matrix, is_owned=True), DiagonalFactor(matrix.new_ones(1, 1), is_owned=True)
+        arrangement = Arrangement(self.shapes, is_column=True)
+        return Kronecker(left, one, arrangement=arrangement, space=space, is_positive=True)
+
+
+class DiagonalBlock(Block):
+    """The exact diagonal, where nothing better is known or the block is large."""
+
+    kind = "diagonal"
+    needs_notes = False
+    of_gradients = ("diagonal",)
+
+    def gradient_sums(self, columns: Columns) -> list[Tensor]:
+        """Row sums of squares."""
+        (position,) = self.positions
+        found = columns.squares.get(position)
+        return [columns.factors.squares_of(position) if found is None else found]
+
+    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+        """The diagonal."""
+        return diagonal_on(space, kept["diagonal"])
+
+
+class IdentityBlock(Block):
+    """Forward-only, for parameters without an input: the number of positions times the identity."""
+
+    kind = "identity"
+    needs_notes = False
+    of_inputs = ("num_positions",)
+
+    def __init__(
+        self, positions: Sequence[int], shapes: Sequence[torch.Size], reduces: bool = False, reason: str = ""
+    ) -> None:
+        super().__init__(positions, shapes, reason)
+        self._reduces = reduces
+
+    @property
+    def layout(self) -> list[int]:
+        """Whether positions are reduced."""
+        return [int(self._reduces)]
+
+    @classmethod
+    def restored(cls, positions: Sequence[int], shapes: Sequence[torch.Size], layout: Sequence[int]) -> Block:
+        """The block of a saved layout."""
+        return cls(positions, shapes, bool(layout[0]))
+
+    def input_sums(self, columns: Columns) -> list[Tensor]:
+        """The number of positions."""
+        (position,) = self.positions
+        count = columns.total_weight
+        if not self._reduces and position in columns.factors.positions:
+            parts = columns.factors.parts(position)
+            count = count * sum(part.num_positions for part in parts if isinstance(part, DirectPart))
+        return [count]
+
+    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+        """The number of positions on the diagonal."""
+        (shape,) = space.shapes
+        return diagonal_on(space, kept["num_positions"].expand(shape))
+
+
+def diagonal_on(space: Space, entries: Tensor) -> Diagonal:
+    """A diagonal that nobody else holds, with non-negative entries."""
+    result = Diagonal([entries.to(space.dtype).clone()])._like([entries.to(space.dtype).clone()], space)
+    result.POSITIVE_SEMIDEFINITE = True
+    return result

@@ -1,0 +1,239 @@
+"""Passes over the data that sum what the blocks are made of; they can be interrupted, saved and gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from curvlinops.curvature.base import CurvatureLinearOperator
+from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of
+from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.curvature.kronecker.columns import BatchColumns
+from curvlinops.curvature.kronecker.plan import Options, planned
+from curvlinops.curvature.kronecker.types import FisherType
+from curvlinops.curvature.sandwich import Sampling
+from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.block_diagonal import BlockDiagonal
+from curvlinops.risk.collective import any_of, raise_together
+from curvlinops.risk.empirical_risk import BatchSum
+from curvlinops.risk.layers.factors import LayerFactors
+from curvlinops.risk.linearization import Use
+from curvlinops.risk.losses import Terms
+from curvlinops.risk.losses.factors import HessianFactor, LossFactor, gradient_factor, sampled_factor
+from curvlinops.risk.passes import Pass
+
+
+class UncoveredError(Exception):
+    """Parameters that layer notes do not cover in some mini-batch, so that the blocks must be chosen anew."""
+
+    def __init__(self, positions: Iterable[int]) -> None:
+        super().__init__(positions)
+        self.positions = set(positions)
+
+
+class StreamedBlocks(CurvatureLinearOperator):
+    """A matrix of blocks that takes one pass over the data or more; computed once, and frozen from then on."""
+
+    _STREAMS_PRODUCTS = False
+
+    _fisher_type: FisherType
+    _sampling: Sampling
+    _options: Options
+    _terms: str
+    _num_positions: int | None
+    _state: Accumulation
+    #: Parameters that layer notes did not cover in some mini-batch.
+    _uncovered: set[int]
+    #: The blocks as operators, once they are asked for.
+    _structure: BlockDiagonal | None
+
+    def compute(self, num_batches: int | None = None) -> Self:
+        """Compute the matrix, or go on computing it.
+
+        Any use of the operator computes what is left. Between calls, :meth:`state_dict` saves how far it is.
+
+        Args:
+            num_batches: How many more mini-batches to take at most; ``None`` for all.
+
+        Returns:
+            The operator itself.
+
+        Raises:
+            ValueError: If the parameters changed while a part of the data was summed.
+        """
+        with torch.inference_mode(False):
+            while not self._state.is_done:
+                taken = self._go_on(num_batches)
+                if taken is None:
+                    break
+                num_batches = None if num_batches is None else num_batches - taken
+        return self
+
+    def _go_on(self, num_batches: int | None) -> int | None:
+        """Take more mini-batches of the current pass.
+
+        Returns:
+            Their number if the pass is finished, else ``None``.
+        """
+        state, step = self._state, self._step
+        begun = 0 if state.current is None else state.current.num_batches
+        found = self._current_pass()
+        try:
+            is_at_end = self._risk.accumulate(self._sums_of_batches, found, step, num_batches)
+        except UncoveredError as error:
+            found.error = error
+            is_at_end = True
+        except BaseException:
+            if not found.is_whole:
+                self._state = Accumulation()
+            raise
+        if not is_at_end:
+            return None
+        if self._must_begin_anew(found):
+            return 0
+        taken, state.current = found.num_batches - begun, None
+        self._finish(state, self._risk.finished(self._sums_of_batches, found, step))
+        return taken
+
+    def _current_pass(self) -> Pass:
+        state = self._state
+        fingerprint = fingerprint_of(self._params)
+        if state.current is None:
+            state.current = Pass.empty([], self._params[0], Use())
+            state.generator_states, state.fingerprint = {}, fingerprint
+        elif not torch.allclose(state.fingerprint, fingerprint, rtol=1e-9, atol=0):
+            raise ValueError(
+                f"{type(self).__name__}: the parameters have changed since the first {state.current.num_batches} "
+                "mini-batches were summed. Restore them, or build the operator anew."
+            )
+        return state.current
+
+    def _must_begin_anew(self, found: Pass) -> bool:
+        """Whether blocks must be chosen anew, on this rank or another; other errors are raised."""
+        group, error = self._risk.process_group, found.error
+        ours = error.positions if isinstance(error, UncoveredError) else set()
+        flags = torch.tensor([i in ours for i in range(len(self._params))])
+        everywhere = any_of(flags, self.device, group)
+        raise_together(None if ours or not isinstance(error, Exception) else error, self.device, group)
+        if not bool(everywhere.any()):
+            return False
+        self._uncovered |= set(everywhere.nonzero().flatten().tolist())
+        self._state = Accumulation()
+        return True
+
+    @property
+    def _step(self) -> str:
+        """What the current pass is called."""
+        return "factors"
+
+    def _sums_of_batches(self) -> BatchSum:
+        """Called when a pass begins or goes on."""
+        rank, state = self._risk.rank, self._state
+        self._sampling.restart(self.device, rank)
+        generator = self._sampling.generator(self.device, rank)
+        done = state.current.num_batches if state.current is not None else 0
+        if done in state.generator_states:
+            generator.set_state(state.generator_states[done])
+        return lambda X, y: [(None, self._sums_of_batch(X, y))]
+
+    def _sums_of_batch(self, X: Any, y: Any) -> list[Tensor]:
+        state = self._state
+        assert state.current is not None
+        batch, generator = state.current.num_batches, self._sampling.generator(self.device, self._risk.rank)
+        state.note_generator(batch, generator)
+        loss_factor = self._loss_factor if self._options.has_gradients else None
+        columns = BatchColumns(self._risk, X, y, loss_factor, self._num_positions)
+        sums = _Sums()
+        squares: dict[int, Tensor] = {}
+        weight = columns.squared_weight if self._fisher_type == FisherType.EMPIRICAL else columns.weight
+
+        def add(factors: LayerFactors) -> None:
+            blocks = self._blocks_for(factors, columns)
+            if not sums.is_begun:
+                rest = [i for block in blocks for i in block.positions if i not in factors.positions]
+                squares.update(columns.squares(rest))
+            piece = Columns(factors, weight, squares={} if sums.is_begun else squares)
+            sums.add([self._sums(number, block, piece, not sums.is_begun) for number, block in enumerate(blocks)])
+
+        columns.for_each(add)
+        state.note_generator(batch + 1, generator)
+        return sums.found
+
+    def _loss_factor(self, terms: Terms) -> LossFactor:
+        if self._fisher_type == FisherType.TYPE2:
+            return HessianFactor(terms)
+        if self._fisher_type == FisherType.EMPIRICAL:
+            return gradient_factor(terms, self._terms)
+        generator = self._sampling.generator(self.device, self._risk.rank)
+        return sampled_factor(terms, self._sampling.num_samples, generator)
+
+    def _blocks_for(self, factors: LayerFactors, columns: BatchColumns) -> list[Block]:
+        """The blocks, which the first mini-batch decides and all others must bear out."""
+        if self._state.blocks is None:
+            labels = [self.domain.label(i) for i in range(len(self._params))]
+            self._state.blocks = planned(self._params, labels, factors, columns.biases, self._uncovered, self._options)
+        needed = {i for block in self._state.blocks if block.needs_notes for i in block.positions}
+        if not needed <= set(factors.positions):
+            raise UncoveredError(needed - set(factors.positions))
+        return self._state.blocks
+
+    def _sums(self, number: int, block: Block, columns: Columns, is_first: bool) -> list[Tensor]:
+        """What the current pass sums of a block; inputs are the same for all pieces of the columns."""
+        inputs = block.input_sums(columns) if is_first else []
+        return [*inputs, *(block.gradient_sums(columns) if self._options.has_gradients else [])]
+
+    def _finish(self, state: Accumulation, totals: Sequence[Tensor]) -> None:
+        """Called with the scaled sums of the pass that is done."""
+        assert state.blocks is not None
+        remaining = iter(totals)
+        for block in state.blocks:
+            names = block.of_inputs + (block.of_gradients if self._options.has_gradients else ())
+            state.kept.append(block.finished({name: next(remaining) for name in names}))
+        state.num_passes += 1
+        state.is_done = True
+
+    def _built(self) -> BlockDiagonal:
+        """The matrix as a block-diagonal operator, computed if that is still to be done."""
+        self.compute()
+        if self._structure is None:
+            blocks = self._state.blocks or []
+            operators = [self._block_operator(number, block) for number, block in enumerate(blocks)]
+            self._structure = BlockDiagonal(
+                operators, positions=[block.positions for block in blocks], space=self.domain
+            )
+        return self._structure
+
+    def _block_operator(self, number: int, block: Block) -> LinearOperator:
+        return block.operator(self._state.kept[number], self.domain.select(block.positions))
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return self._built()._matmat(X)
+
+
+class _Sums:
+    """Sums over pieces of a mini-batch's columns, of which the first brings more than the others."""
+
+    def __init__(self) -> None:
+        self._of_blocks: list[list[Tensor]] = []
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there was a piece."""
+        return bool(self._of_blocks)
+
+    def add(self, found: list[list[Tensor]]) -> None:
+        """Add a piece; what it brings stands at the end of each block's list."""
+        if not self._of_blocks:
+            self._of_blocks = found
+            return
+        for sums, more in zip(self._of_blocks, found, strict=True):
+            for k, tensor in enumerate(more, len(sums) - len(more)):
+                sums[k] = sums[k] + tensor
+
+    @property
+    def found(self) -> list[Tensor]:
+        """All sums, block by block."""
+        return [tensor for sums in self._of_blocks for tensor in sums]

@@ -1,0 +1,47 @@
+"""The inverses of several Kronecker products, whose factors of one size are decomposed together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from curvlinops.operators.damping import InverseOptions, checked_damping, damped_factors
+from curvlinops.operators.eigen_decomposed import EigenDecomposed
+from curvlinops.operators.factor_sets import eigendecompositions, inverses
+from curvlinops.operators.factors import Factor
+from curvlinops.operators.kronecker import Kronecker
+
+
+def kronecker_inverses(
+    blocks: Sequence[Kronecker], dampings: Sequence[float], options: InverseOptions
+) -> list[Kronecker | EigenDecomposed]:
+    """The inverses of several Kronecker products, whose factors of one size are decomposed together.
+
+    Args:
+        blocks: The products.
+        dampings: A damping for each.
+        options: How they are damped; see :meth:`Kronecker.inverse`.
+    """
+    numbers = [checked_damping(damping) for damping in dampings]
+    retry = options.retry_double_precision
+    results: dict[int, Kronecker | EigenDecomposed] = {}
+    factored: dict[int, tuple[Factor, Factor]] = {}
+    exact: dict[int, Kronecker] = {}
+    for index, (block, damping) in enumerate(zip(blocks, numbers, strict=True)):
+        if block.right.is_one and (block.POSITIVE_SEMIDEFINITE or not block.shift):
+            factored[index] = block.left.damped(block.shift + damping), block.right
+        elif block.shift and options.use_heuristic_damping:
+            raise ValueError(
+                f"use_heuristic_damping: {block!r} has a multiple of the identity, which the factors cannot take up. "
+                "Damp exactly, or damp the matrix without its shift."
+            )
+        elif block.shift or (options.use_exact_damping and damping):
+            exact[index] = block.frozen()
+        else:
+            factored[index] = damped_factors(block.left, block.right, damping, options)
+    eigendecompositions([factor for block in exact.values() for factor in (block.left, block.right)], retry)
+    for i, block in exact.items():
+        results[i] = block._exact_inverse(numbers[i])
+    found = inverses([factor for pair in factored.values() for factor in pair], retry)
+    for number, i in enumerate(factored):
+        results[i] = blocks[i]._like(found[2 * number], found[2 * number + 1], 0.0, blocks[i].POSITIVE_SEMIDEFINITE)
+    return [results[i] for i in range(len(blocks))]
