@@ -8,9 +8,8 @@ from torch import Generator, Tensor
 from curvlinops.operators.algebra import _recut
 from curvlinops.operators.arrangement import Arrangement
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.gram import working_dtype
 from curvlinops.operators.sampling import normal_columns
-from curvlinops.operators.space import Space
+from curvlinops.operators.space import Space, working_dtype
 from curvlinops.operators.structured import checked_logdet
 
 

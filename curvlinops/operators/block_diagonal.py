@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from curvlinops.operators.algebra import _recut, agreed, linearized, shared_memo
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_positions import checked_positions, joined_space
 from curvlinops.operators.closed_forms import NoClosedForm, needs
-from curvlinops.operators.damping import InverseOptions
+from curvlinops.operators.damping import InverseOptions, dampings_of_blocks
 from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.kronecker_inverse import kronecker_inverses
@@ -72,15 +73,20 @@ class BlockDiagonal(LinearOperator):
     def _parts(self, X: list[Tensor]) -> list[list[Tensor]]:
         """The tensors of each block, in the shapes of the block's own space."""
         return [
-            _recut([X[i] for i in chosen], self.domain.select(chosen), block.domain)
-            for block, chosen in zip(self.blocks, self.positions, strict=True)
+            _recut([X[i] for i in chosen], space, block.domain)
+            for block, chosen, space in zip(self.blocks, self.positions, self._spaces, strict=True)
         ]
+
+    @cached_property
+    def _spaces(self) -> list[Space]:
+        """The part of the space that each block acts on."""
+        return [self.domain.select(chosen) for chosen in self.positions]
 
     def _together(self, parts: Sequence[list[Tensor]]) -> list[Tensor]:
         """The tensors of the space from those of each block."""
         found: dict[int, Tensor] = {}
-        for block, chosen, part in zip(self.blocks, self.positions, parts, strict=True):
-            found.update(zip(chosen, _recut(part, block.domain, self.domain.select(chosen)), strict=True))
+        for block, chosen, part, space in zip(self.blocks, self.positions, parts, self._spaces, strict=True):
+            found.update(zip(chosen, _recut(part, block.domain, space), strict=True))
         return [found[i] for i in range(len(found))]
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
@@ -163,10 +169,7 @@ class BlockDiagonal(LinearOperator):
                 exclude each other.
         """
         options = InverseOptions(use_heuristic_damping, min_damping, use_exact_damping, retry_double_precision)
-        dampings = [damping] * len(self.blocks) if isinstance(damping, (int, float)) else list(_each(damping))
-        if len(dampings) != len(self.blocks):
-            raise ValueError(f"damping: expected a number or {len(self.blocks)} of them, got {len(dampings)}.")
-        pairs = list(zip(self.blocks, dampings, strict=True))
+        pairs = list(zip(self.blocks, dampings_of_blocks(damping, len(self.blocks)), strict=True))
         products = [(block, number) for block, number in pairs if isinstance(block, Kronecker)]
         inverted = iter(kronecker_inverses([b for b, _ in products], [number for _, number in products], options))
         return self._rebuilt([_inverse(b, number, options, inverted) for b, number in pairs])
@@ -296,12 +299,6 @@ class BlockDiagonal(LinearOperator):
         if blocks is None:
             return None
         return self._of([d @ block for d, block in zip(blocks, self.blocks, strict=True)], diagonal)
-
-
-def _each(damping: Any) -> Sequence[float]:
-    if isinstance(damping, Tensor) and damping.ndim == 0:
-        raise TypeError("damping: expected a number or a sequence of numbers, got a tensor.")
-    return [float(number) for number in damping]
 
 
 def _inverse(block: LinearOperator, damping: float, options: InverseOptions, inverted: Any) -> LinearOperator:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from curvlinops.operators.factors import Factor
 
@@ -47,7 +50,24 @@ def checked_damping(damping: float, name: str = "damping") -> float:
     return number
 
 
-def damped_factors(left: Factor, right: Factor, damping: float, options: InverseOptions) -> tuple[Factor, Factor]:
+class DampedFactors:
+    """Damped factors, each made once where several products share it, so that it is inverted once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, float | tuple[float, ...]], tuple[Factor, Factor]] = {}
+
+    def of(self, factor: Factor, damping: float | Tensor) -> Factor:
+        """The factor plus a multiple of the identity, one for all groups or one for each ``[G]``."""
+        key = id(factor), tuple(damping.tolist()) if isinstance(damping, Tensor) else damping
+        if key not in self._known:
+            # The factor is held, too, lest another one gets its identity.
+            self._known[key] = factor, factor.damped(damping)
+        return self._known[key][1]
+
+
+def damped_factors(
+    left: Factor, right: Factor, damping: float, options: InverseOptions, damped: DampedFactors
+) -> tuple[Factor, Factor]:
     r"""The two factors with the damping added to each.
 
     With the heuristic, :math:`\pi = \sqrt{\frac{\operatorname{tr} L / \dim L}{\operatorname{tr} R / \dim R}}` for each
@@ -58,11 +78,20 @@ def damped_factors(left: Factor, right: Factor, damping: float, options: Inverse
     section 6.3, arXiv:1503.05671.
     """
     if not options.use_heuristic_damping:
-        return (left.damped(damping), right.damped(damping)) if damping else (left, right)
+        return (damped.of(left, damping), damped.of(right, damping)) if damping else (left, right)
     means = [factor.trace() / factor.size for factor in (left, right)]
     are_positive = (means[0] > 0) & (means[1] > 0)
     pi = torch.where(are_positive, means[0] / torch.where(are_positive, means[1], 1.0), 1.0).sqrt()
     root = damping**0.5
-    return left.damped((pi * root).clamp(min=options.min_damping)), right.damped(
-        (root / pi).clamp(min=options.min_damping)
-    )
+    least = options.min_damping
+    return damped.of(left, (pi * root).clamp(min=least)), damped.of(right, (root / pi).clamp(min=least))
+
+
+def dampings_of_blocks(damping: Any, num_blocks: int) -> list[float]:
+    """A damping for each block, from one for all or from one for each."""
+    if not isinstance(damping, Sequence) and not (isinstance(damping, Tensor) and damping.ndim == 1):
+        return [float(damping)] * num_blocks
+    dampings = [float(number) for number in damping]
+    if len(dampings) != num_blocks:
+        raise ValueError(f"damping: expected a number or {num_blocks} of them, got {len(dampings)}.")
+    return dampings

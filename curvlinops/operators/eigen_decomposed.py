@@ -10,10 +10,9 @@ from curvlinops.operators.arrangement import Arrangement
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.damping import InverseOptions, checked_damping
 from curvlinops.operators.dense import check_no_negative
-from curvlinops.operators.gram import working_dtype
 from curvlinops.operators.grouped import multiply, multiply_from_right
-from curvlinops.operators.low_rank import _multiple_of_identity
-from curvlinops.operators.space import Space
+from curvlinops.operators.space import Space, working_dtype
+from curvlinops.operators.structured import multiple_of_identity
 
 
 class EigenDecomposed(Arranged):
@@ -105,7 +104,7 @@ class EigenDecomposed(Arranged):
 
     def diagonal(self) -> Tensor:
         """The diagonal ``[D]``."""
-        entries = self._values.unsqueeze(0)
+        entries = self._values.clone().unsqueeze(0)
         entries = entries if self._left is None else multiply(self._left.square(), entries)
         entries = entries if self._right is None else multiply_from_right(entries, self._right.square().mT)
         return self._flat(entries[0])
@@ -177,7 +176,7 @@ class EigenDecomposed(Arranged):
         space = self.domain.join(other.domain, "sum")
         if isinstance(other, EigenDecomposed):
             return self._like(self._values + other._values, space) if self._has_bases_of(other) else None
-        multiple = _multiple_of_identity(other)
+        multiple = multiple_of_identity(other)
         return None if multiple is None else self._like(self._values + multiple, space)
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
@@ -187,7 +186,7 @@ class EigenDecomposed(Arranged):
         space = self.domain.join(other.domain, "product")
         if isinstance(other, EigenDecomposed):
             return self._like(self._values * other._values, space) if self._has_bases_of(other) else None
-        multiple = _multiple_of_identity(other)
+        multiple = multiple_of_identity(other)
         return None if multiple is None else self._like(self._values * multiple, space)
 
     def _repr_extra(self) -> str:
@@ -229,8 +228,8 @@ def inverted_values(values: Tensor, damping: float) -> Tensor:
     bad = int((~inverse.isfinite() | ~values.isfinite()).sum())
     if bad:
         raise ValueError(
-            f"{bad} of {values.numel()} eigenvalues are zero or not finite with damping={damping}: the inverse does "
-            "not exist. Pass a positive damping."
+            f"{bad} of {values.numel()} eigenvalues are zero but for rounding, or not finite, with damping={damping}: "
+            "the inverse does not exist. Pass a larger damping, or use float64."
         )
     return inverse
 

@@ -8,12 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvlinops.operators.gram import working_dtype
+from curvlinops.operators.space import working_dtype
 
 _LinAlgError: type[RuntimeError] = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
-#: Entries of the matrices that are decomposed in one call.
-_STACK_NUMEL = 2**26
+#: Entries of the matrices that are decomposed in one call; a CPU gains nothing by it but fewer calls.
+_STACK_NUMEL = {"cpu": 2**16, "cuda": 2**26}
 
 
 class Decomposition(NamedTuple):
@@ -70,8 +70,8 @@ def inverses_of_positive(matrices: Sequence[Tensor], retry_double_precision: boo
     Raises:
         ValueError: If a matrix is not positive definite, or has entries that are not finite.
 
-    >>> inverses_of_positive([torch.tensor([[[4.0]], [[2.0]]])])[0].flatten().tolist()
-    [0.25, 0.5]
+    >>> inverses_of_positive([torch.tensor([[[4.0]], [[16.0]]])])[0].flatten().tolist()
+    [0.25, 0.0625]
     """
     return [inverse for (inverse,) in _in_stacks(matrices, INVERSE, retry_double_precision)]
 
@@ -102,7 +102,7 @@ def _stacks(matrices: Sequence[Tensor]) -> list[list[int]]:
     for number, matrix in enumerate(matrices):
         stacks = alike.setdefault((matrix.shape[-1], matrix.dtype, matrix.device), [[]])
         held = sum(matrices[i].numel() for i in stacks[-1])
-        if stacks[-1] and held + matrix.numel() > _STACK_NUMEL:
+        if stacks[-1] and held + matrix.numel() > _STACK_NUMEL.get(matrix.device.type, 2**26):
             stacks.append([])
         stacks[-1].append(number)
     return [stack for stacks in alike.values() for stack in stacks]
@@ -111,7 +111,7 @@ def _stacks(matrices: Sequence[Tensor]) -> list[list[int]]:
 def _check(matrix: Tensor, number: int) -> None:
     if matrix.ndim != 3 or matrix.shape[1] != matrix.shape[2]:
         raise ValueError(f"Matrix {number}: expected a stack [G, n, n] of square matrices, got {list(matrix.shape)}.")
-    if not bool(matrix.isfinite().all()):
+    if not are_finite(matrix):
         count = int((~matrix.isfinite()).sum())
         raise ValueError(
             f"Matrix {number} of shape {list(matrix.shape)} has {count} entries that are not finite. Look at the data "
@@ -137,9 +137,12 @@ def _with_retry(stack: Tensor, decompose: Decomposition, retry: bool) -> tuple[T
     found = decompose.attempt(stack)
     if found is None and retry and stack.dtype != torch.float64:
         found = decompose.attempt(stack.double())
+        # What is finite in float64 may be beyond the range of float32.
+        found = None if found is None else tuple(part.to(stack.dtype) for part in found)
+        found = found if found is not None and all(map(are_finite, found)) else None
     if found is None:
         raise decompose.failure(stack)
-    return tuple(part.to(stack.dtype) for part in found)
+    return found
 
 
 def _eigen(stack: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -147,7 +150,7 @@ def _eigen(stack: Tensor) -> tuple[Tensor, Tensor] | None:
         values, vectors = torch.linalg.eigh(stack)
     except _LinAlgError:
         return None
-    return (values, vectors) if bool(values.isfinite().all() & vectors.isfinite().all()) else None
+    return (values, vectors) if are_finite(values) and are_finite(vectors) else None
 
 
 def _eigen_failure(stack: Tensor) -> Exception:
@@ -161,11 +164,16 @@ def _inverse_of_positive(stack: Tensor) -> tuple[Tensor] | None:
     lower, failed = torch.linalg.cholesky_ex(stack)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     # Pivots that differ by more than the precision show a matrix that is singular but for rounding.
-    is_regular = pivots.amin(-1).square() > torch.finfo(stack.dtype).eps * pivots.amax(-1).square()
+    is_regular = pivots.amin(-1).square() > 4 * torch.finfo(stack.dtype).eps * pivots.amax(-1).square()
     if not bool(((failed == 0) & is_regular).all()):
         return None
-    inverse = torch.cholesky_inverse(lower)
-    return ((inverse + inverse.mT).div_(2),) if bool(inverse.isfinite().all()) else None
+    inverse = torch.cholesky_inverse(lower)  # symmetric to the bit: one half is the other's mirror image
+    return (inverse,) if are_finite(inverse) else None
+
+
+def are_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are finite; their sum mostly tells, at a fraction of the cost."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _inverse_failure(stack: Tensor) -> Exception:

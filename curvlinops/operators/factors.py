@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from curvlinops.operators.gram import working_dtype
 from curvlinops.operators.grouped import multiply, multiply_from_right
+from curvlinops.operators.space import working_dtype
 
 
 class Eigen(NamedTuple):
@@ -95,6 +95,10 @@ class Factor(ABC):
         if type(self) is not type(other) or self._tensor.shape != other._tensor.shape:
             return False
         return torch.equal(self._tensor, other._tensor)
+
+    def has_entries(self, tensor: Tensor) -> bool:
+        """Whether it has these entries."""
+        return tensor.shape == self._tensor.shape and torch.equal(tensor, self._tensor)
 
     @property
     def is_one(self) -> bool:

@@ -17,7 +17,7 @@ from curvlinops.operators import base
 from curvlinops.operators.algebra import Chain, HStack, Reshaped, Scaled
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
-from curvlinops.operators.space import Space
+from curvlinops.operators.space import Space, working_dtype
 
 #: UᵀV of operators that hold their values, for as long as both are alive.
 _KEPT: WeakKeyDictionary[LinearOperator, WeakKeyDictionary[LinearOperator, Tensor]] = WeakKeyDictionary()
@@ -93,11 +93,6 @@ def row_squares(U: LinearOperator, weights: Tensor) -> list[Tensor]:
         found = _known_row_squares(U, weights)
         squares = _row_squares_by_products(U, weights) if found is None else found
         return [square.to(working_dtype(U.dtype)) for square in squares]
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to accumulate in: float32 for half precision."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 # -- what follows from the parts of an operator ------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from torch import Tensor
 def multiply(M: Tensor, X: Tensor) -> Tensor:
     """M X for matrices ``[G, n, n]`` and ``[K, G, n, S]``, without a copy of M for each of the K."""
     num, groups, size, columns = X.shape
+    if num == groups == 1:
+        return torch.mm(M[0], X[0, 0]).reshape(1, 1, size, columns)
     if groups == 1:
         return torch.matmul(M[0], X[:, 0]).unsqueeze(1)
     if num == 1:
@@ -20,6 +22,8 @@ def multiply(M: Tensor, X: Tensor) -> Tensor:
 def multiply_from_right(X: Tensor, M: Tensor) -> Tensor:
     """X M for ``[K, G, R, n]`` and matrices ``[G, n, n]``, without a copy of M for each of the K."""
     num, groups, rows, size = X.shape
+    if num == groups == 1:
+        return torch.mm(X[0, 0], M[0]).reshape(1, 1, rows, size)
     if groups == 1:
         return torch.matmul(X[:, 0], M[0]).unsqueeze(1)
     if num == 1:

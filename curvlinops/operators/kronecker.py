@@ -15,8 +15,8 @@ from curvlinops.operators.dense import check_no_negative
 from curvlinops.operators.eigen_decomposed import EigenDecomposed, decomposed, inverted_values
 from curvlinops.operators.factor_sets import as_factor, eigendecompositions
 from curvlinops.operators.factors import DiagonalFactor, Factor
-from curvlinops.operators.low_rank import _multiple_of_identity
 from curvlinops.operators.space import Space
+from curvlinops.operators.structured import multiple_of_identity
 
 
 class Kronecker(Arranged):
@@ -85,6 +85,7 @@ class Kronecker(Arranged):
     def _set(self, left: Factor, right: Factor, shift: float, is_positive: bool) -> None:
         self.left, self.right, self.shift, self._is_positive = left, right, shift, is_positive
         self.POSITIVE_SEMIDEFINITE = is_positive and shift >= 0
+        self._is_left_alone = right.is_owned and right.is_one
 
     def _like(
         self, left: Factor, right: Factor, shift: float, is_positive: bool, space: Space | None = None
@@ -98,7 +99,9 @@ class Kronecker(Arranged):
     # ------------------------------------------------------------------ products
 
     def _multiply(self, X: Tensor) -> Tensor:
-        product = self.right.times_from_right(self.left.times(X))
+        product = self.left.times(X)
+        if not self._is_left_alone:
+            product = self.right.times_from_right(product)
         return product.add_(X, alpha=self.shift) if self.shift else product
 
     def frozen(self) -> Kronecker:
@@ -231,8 +234,8 @@ class Kronecker(Arranged):
     def block(self, *patterns: str) -> LinearOperator:
         """The block of the parameters whose names match a pattern; that of a weight or of its bias alone is closed."""
         found = super().block(*patterns)
-        if found is self:
-            return self
+        if found is self or self.domain.shapes != self.arrangement.shapes:
+            return found
         chosen: int = found.chosen[0]  # type: ignore[attr-defined]
         shape, size = self.arrangement.shapes[chosen], self.right.size
         is_transposed = self.arrangement.transposed and chosen == 0
@@ -245,7 +248,7 @@ class Kronecker(Arranged):
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
         space = self.domain.join(other.domain, "sum")
         if not isinstance(other, Kronecker):
-            multiple = _multiple_of_identity(other)
+            multiple = multiple_of_identity(other)
             if multiple is None:
                 return None
             return self._like(self.left, self.right, self.shift + multiple, self._is_positive, space)
@@ -264,7 +267,7 @@ class Kronecker(Arranged):
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
         space = self.domain.join(other.domain, "product")
-        multiple = _multiple_of_identity(other)
+        multiple = multiple_of_identity(other)
         if multiple is not None:
             is_positive = self._is_positive and multiple >= 0
             return self._like(self.left.scaled(multiple), self.right, self.shift * multiple, is_positive, space)

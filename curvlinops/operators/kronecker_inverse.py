@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from curvlinops.operators.damping import InverseOptions, checked_damping, damped_factors
+from curvlinops.operators.damping import DampedFactors, InverseOptions, checked_damping, damped_factors
 from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.factor_sets import eigendecompositions, inverses
 from curvlinops.operators.factors import Factor
@@ -26,9 +26,10 @@ def kronecker_inverses(
     results: dict[int, Kronecker | EigenDecomposed] = {}
     factored: dict[int, tuple[Factor, Factor]] = {}
     exact: dict[int, Kronecker] = {}
+    damped = DampedFactors()
     for index, (block, damping) in enumerate(zip(blocks, numbers, strict=True)):
         if block.right.is_one and (block.POSITIVE_SEMIDEFINITE or not block.shift):
-            factored[index] = block.left.damped(block.shift + damping), block.right
+            factored[index] = damped.of(block.left, block.shift + damping), block.right
         elif block.shift and options.use_heuristic_damping:
             raise ValueError(
                 f"use_heuristic_damping: {block!r} has a multiple of the identity, which the factors cannot take up. "
@@ -37,7 +38,7 @@ def kronecker_inverses(
         elif block.shift or (options.use_exact_damping and damping):
             exact[index] = block.frozen()
         else:
-            factored[index] = damped_factors(block.left, block.right, damping, options)
+            factored[index] = damped_factors(block.left, block.right, damping, options, damped)
     eigendecompositions([factor for block in exact.values() for factor in (block.left, block.right)], retry)
     for i, block in exact.items():
         results[i] = block._exact_inverse(numbers[i])

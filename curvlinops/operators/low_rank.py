@@ -10,10 +10,11 @@ from torch import Generator, Tensor
 from curvlinops.operators import woodbury
 from curvlinops.operators.algebra import _recut, adopt, linearized
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.gram import row_squares, working_dtype
+from curvlinops.operators.gram import row_squares
 from curvlinops.operators.low_rank_part import LowRankPart
-from curvlinops.operators.space import Space
-from curvlinops.operators.structured import Diagonal, IdentityLinearOperator, checked_logdet
+from curvlinops.operators.sampling import checked_generator
+from curvlinops.operators.space import Space, working_dtype
+from curvlinops.operators.structured import checked_logdet, multiple_of_identity
 
 
 class LowRankLinearOperator(LinearOperator):
@@ -235,11 +236,10 @@ class LowRankLinearOperator(LinearOperator):
             The samples as columns ``[D, K]``.
 
         Raises:
-            ValueError: If the matrix is not positive semi-definite, or num_samples is below 1.
+            ValueError: If the matrix is not positive semi-definite, num_samples is below 1, or the generator lives on
+                another device.
         """
-        if num_samples < 1:
-            raise ValueError(f"num_samples: expected at least 1, got {num_samples}.")
-        generator = torch.Generator(self.device).manual_seed(seed) if generator is None else generator
+        generator = checked_generator(self.device, num_samples, seed, generator)
 
         def noise(size: int) -> Tensor:
             work = working_dtype(self.dtype)
@@ -271,7 +271,7 @@ class LowRankLinearOperator(LinearOperator):
         is_positive = self.POSITIVE_SEMIDEFINITE and other.POSITIVE_SEMIDEFINITE
         if isinstance(other, LowRankLinearOperator):
             return self._like(self._part.plus(other._part), self.c + other.c, is_positive, space)
-        multiple = _multiple_of_identity(other)
+        multiple = multiple_of_identity(other)
         return None if multiple is None else self._like(self._part, self.c + multiple, is_positive, space)
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
@@ -279,7 +279,7 @@ class LowRankLinearOperator(LinearOperator):
         return self._like(part, self.c * factor, self.POSITIVE_SEMIDEFINITE and factor >= 0)
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        multiple = _multiple_of_identity(other)
+        multiple = multiple_of_identity(other)
         return None if multiple is None else self._closed_scaling(multiple)
 
     def _repr_extra(self) -> str:
@@ -300,11 +300,3 @@ def _checked_weights(s: Tensor | None, U: LinearOperator) -> Tensor:
     if not bool(weights.isfinite().all()):
         raise ValueError(f"s: {int((~weights.isfinite()).sum())} of {size} weights are not finite.")
     return weights
-
-
-def _multiple_of_identity(A: LinearOperator) -> float | None:
-    # Exactly these two: the entries of a diagonal that is still to be computed are not asked for.
-    if type(A) not in (Diagonal, IdentityLinearOperator):
-        return None
-    entries = A.diagonal()  # type: ignore[attr-defined]
-    return float(entries[0]) if len(entries) and bool((entries == entries[0]).all()) else None

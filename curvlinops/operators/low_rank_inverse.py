@@ -10,10 +10,9 @@ from torch import Tensor
 
 from curvlinops.operators import woodbury
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.gram import working_dtype
 from curvlinops.operators.low_rank import LowRankLinearOperator
 from curvlinops.operators.low_rank_part import LowRankPart
-from curvlinops.operators.space import Space
+from curvlinops.operators.space import Space, working_dtype
 from curvlinops.operators.woodbury import InverseCore
 
 

@@ -1,4 +1,4 @@
-"""Samples of normal distributions whose covariance is an operator."""
+"""Samples of normal distributions whose covariance is an operator, and the generators that numbers come from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
+
+from curvlinops.operators.space import working_dtype
 
 if TYPE_CHECKING:
     from curvlinops.operators.base import LinearOperator
@@ -29,21 +31,35 @@ def normal_columns(
         TypeError: If the generator is none, or the number of samples is no integer.
         ValueError: If the generator lives on another device, or the number of samples is below 1.
     """
-    from curvlinops.operators.gram import working_dtype  # which knows dense operators, which draw samples
-
     generator = checked_generator(A.device, num_samples, seed, generator)
     noise = torch.randn(A.shape[1], num_samples, dtype=working_dtype(A.dtype), device=A.device, generator=generator)
     return noise.to(A.dtype), generator
 
 
-def checked_generator(device: torch.device, num_samples: int, seed: int, generator: Any) -> Generator:
-    """The generator that was given, or a new one with this seed; see :func:`normal_columns`."""
+def checked_generator(device: torch.device, num_samples: int, seed: int, generator: Generator | None) -> Generator:
+    """The generator of a number of samples that is checked; see :func:`normal_columns`."""
     if isinstance(num_samples, bool) or not isinstance(num_samples, int):
         raise TypeError(f"num_samples: expected an integer of at least 1, got {num_samples!r}.")
     if num_samples < 1:
         raise ValueError(f"num_samples: expected at least 1, got {num_samples}.")
+    return generator_for(device, seed, generator)
+
+
+def generator_for(device: torch.device, seed: int, generator: Generator | None) -> Generator:
+    """The generator that was given, or a new one with this seed; see :func:`check_generator`."""
     if generator is None:
         return torch.Generator(device).manual_seed(seed)
+    check_generator(generator, device)
+    return generator
+
+
+def check_generator(generator: Any, device: torch.device) -> None:
+    """Refuse what is no generator on a device.
+
+    Raises:
+        TypeError: If it is no generator.
+        ValueError: If it lives on another device.
+    """
     if not isinstance(generator, Generator):
         raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}.")
     given = generator.device
@@ -52,4 +68,3 @@ def checked_generator(device: torch.device, num_samples: int, seed: int, generat
         raise ValueError(
             f"generator: expected one on {device}, where A is, got one on {given}. Pass torch.Generator('{device}')."
         )
-    return generator

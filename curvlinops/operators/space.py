@@ -204,6 +204,11 @@ class Format:
         return dict(zip(space.names or (), moved, strict=True)) if self.kind == "dict" else moved
 
 
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to accumulate in: float32 for half precision."""
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
 def _as_one(columns: Sequence[Tensor]) -> Tensor | None:
     """The matrix ``[D, K]`` that columns-last tensors are the consecutive rows of, where they share its memory."""
     first, num_columns = columns[0], columns[0].shape[-1]

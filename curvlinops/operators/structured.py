@@ -224,3 +224,14 @@ def checked_logdet(sign: Tensor, logabsdet: Tensor) -> Tensor:
     if not sign > 0:
         raise ValueError("The determinant is not positive, so its logarithm does not exist. Add damping first.")
     return logabsdet
+
+
+def multiple_of_identity(A: LinearOperator) -> float | None:
+    """The number c where an operator is known to be c · I; None for any other.
+
+    Exactly diagonals and identities: the entries of a diagonal that is still to be computed are not asked for.
+    """
+    if type(A) not in (Diagonal, IdentityLinearOperator):
+        return None
+    entries = A.diagonal()  # type: ignore[attr-defined]
+    return float(entries[0]) if len(entries) and bool((entries == entries[0]).all()) else None

@@ -25,7 +25,7 @@ class Derivatives:
 
     def __init__(self, model: FunctionalModel) -> None:
         self.model = model
-        self.engine = Engine(forward_mode=not model.is_closure)
+        self.engine = Engine(forward_mode=not model.is_closure, proofs=model.proofs)
 
     @property
     def device(self) -> torch.device:
@@ -63,7 +63,7 @@ class Derivatives:
             except NoPushError:
                 return  # nothing to compare with
             if disagrees:
-                self.engine = Engine(forward_mode=False)
+                self.engine = Engine(forward_mode=False, proofs=self.engine.proofs)
                 check_by_difference(self.model, X, self.linearize(X, Use()))
                 self.engine.verified |= {"differences", "directions"}
 

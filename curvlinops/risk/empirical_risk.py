@@ -140,7 +140,8 @@ class EmpiricalRisk(Derivatives, Weighing):
             if found.error is not None:
                 raise found.error
             if not repeat:
-                return self._finished(begin, found, step)
+                self._check_finished(begin, found, step)
+                return found.scaled(self._checked_denominator(found))
             if self.keeper is not None:
                 self.keeper.forget()
             if disagrees:
@@ -185,20 +186,24 @@ class EmpiricalRisk(Derivatives, Weighing):
             self._pass = None
         return True
 
-    def finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> list[Tensor]:
-        """The scaled sums over all ranks, after the last mini-batch of :meth:`accumulate`."""
+    def finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> tuple[list[Tensor], float]:
+        """The sums over all ranks, and the scale that is still to be applied to them.
+
+        Called after the last mini-batch of :meth:`accumulate`.
+        """
         found, _ = all_reduced(found, False, self.process_group)
         if found.error is not None:
             raise found.error
-        return self._finished(begin, found, step)
+        self._check_finished(begin, found, step)
+        denominator = self._checked_denominator(found)
+        return found.sums, 1.0 if denominator is None else 1.0 / denominator
 
-    def _finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> list[Tensor]:
+    def _check_finished(self, begin: Callable[[], BatchSum], found: Pass, step: str) -> None:
         self.check_num_data(found.num_data)
         if self.keeper is not None:
             self.keeper.finish(found.num_batches)
         if not are_finite(found.sums):
             self._raise_not_finite(begin, step, found.use)
-        return self._scaled(found)
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
         found.batch_index = batch.index
@@ -231,15 +236,16 @@ class EmpiricalRisk(Derivatives, Weighing):
             self._pass = None
         raise FloatingPointError(f"{self.name}: the sum over mini-batches or ranks is not finite. {advice}")
 
-    def _scaled(self, found: Pass) -> list[Tensor]:
+    def _checked_denominator(self, found: Pass) -> float | None:
+        """By what the sums of all data are divided, ``None`` for nothing."""
         if not self._is_mean:
-            return found.scaled(None)
+            return None
         denominator = found.denominator.item()
         if denominator == 0:
             raise ValueError(
                 "The denominator of the mean is zero: every target is ignored or has weight zero, in all mini-batches."
             )
-        return found.scaled(denominator)
+        return denominator
 
     def check_num_data(self, found: int) -> None:
         """Raise if the data of all ranks are not as many as was said."""

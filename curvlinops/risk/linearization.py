@@ -65,14 +65,14 @@ class Engine:
         proofs: What was measured of the model's layers.
     """
 
-    def __init__(self, forward_mode: bool = True) -> None:
+    def __init__(self, forward_mode: bool = True, proofs: Proofs | None = None) -> None:
         self.forward_mode = forward_mode
         self.tape = True
         self.vmap = True
         self.fused = True
         self.verified: set[str] = set()
         self.chunk_size: int | None = None
-        self.proofs: Proofs = {}
+        self.proofs: Proofs = {} if proofs is None else proofs
 
     def give_up_vmap(self, error: Exception) -> None:
         """Go column by column from now on, unless memory was the trouble, which smaller chunks mend."""

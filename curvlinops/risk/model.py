@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from curvlinops.risk.modules import modules_used_by, places_of, slots_of, unwrapped
+from curvlinops.risk.modules import modules_used_by, places_of, proofs_of, refuse_hidden_tensors, slots_of, unwrapped
 
 T = TypeVar("T")
 Parameters = Sequence[Tensor] | Mapping[str, Tensor]
@@ -65,6 +65,13 @@ class FunctionalModel:
             return prediction_of(self._inner(dict(zip(self._names_given or (), values, strict=True)), X))
         args, kwargs = self._as_arguments(X)
         return prediction_of(functional_call(self._inner, self._replacements(values), args, kwargs, tie_weights=False))
+
+    @property
+    def proofs(self) -> dict[Hashable, Any]:
+        """What was measured of the layers, shared by all who study the same parameters of the same module."""
+        if self._module_names is None:
+            return {}
+        return proofs_of(self._inner, self._module_names)
 
     def leaves(self) -> list[Tensor]:
         """Tensors over the same memory for autograd to follow; a closure's own tensors."""
@@ -139,7 +146,7 @@ class FunctionalModel:
                 "model(params, X) with params as a dict."
             )
         if self.takes_params:
-            self._refuse_hidden_tensors()
+            refuse_hidden_tensors(self.hidden_modules, self._names_given or ())
             copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.params]
             return FunctionalModel(self.model_func, dict(zip(self._names_given or (), copies, strict=True)))
         with torch.no_grad():  # copies of scripted modules would be computed from the originals
@@ -154,19 +161,6 @@ class FunctionalModel:
             copies = [p.detach().clone().requires_grad_(p.requires_grad) for p in self.params]
         params = copies if self._names_given is None else dict(zip(self._names_given, copies, strict=True))
         return FunctionalModel(inner, params)
-
-    def _refuse_hidden_tensors(self) -> None:
-        """Refuse to freeze a callable that reads buffers or parameters which are not passed to it."""
-        for module in self.hidden_modules:
-            passed = set(self._names_given or ())
-            hidden = [n for n, _ in module.named_buffers()] + [
-                n for n, _ in module.named_parameters() if n not in passed
-            ]
-            if hidden:
-                raise NotImplementedError(
-                    f"The callable uses a module with tensors that are not in params ({', '.join(hidden[:4])}), so a "
-                    "frozen copy would still follow them: pass the module itself as model."
-                )
 
     # ------------------------------------------------------------------- checking
 

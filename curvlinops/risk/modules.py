@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -67,3 +68,23 @@ def modules_used_by(holder: Any, depth: int = 3) -> list[nn.Module]:
         held = list(vars(holder).values())
     found = [module for item in held for module in modules_used_by(item, depth - 1)]
     return list({id(module): module for module in found}.values())
+
+
+#: What was measured of modules' layers, by the names of the parameters. It holds no tensors and dies with the module.
+_PROOFS: WeakKeyDictionary[nn.Module, dict[tuple[str, ...], dict[Hashable, Any]]] = WeakKeyDictionary()
+
+
+def proofs_of(module: nn.Module, names: Sequence[str]) -> dict[Hashable, Any]:
+    """What was measured of a module's layers, to be added to; the same for all who study the same parameters."""
+    return _PROOFS.setdefault(module, {}).setdefault(tuple(names), {})
+
+
+def refuse_hidden_tensors(modules: Iterable[nn.Module], passed: Collection[str]) -> None:
+    """Refuse to freeze a callable that reads buffers or parameters which are not passed to it."""
+    for module in modules:
+        hidden = [n for n, _ in module.named_buffers()] + [n for n, _ in module.named_parameters() if n not in passed]
+        if hidden:
+            raise NotImplementedError(
+                f"The callable uses a module with tensors that are not in params ({', '.join(hidden[:4])}), so a "
+                "frozen copy would still follow them: pass the module itself as model."
+            )

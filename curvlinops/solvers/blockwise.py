@@ -60,11 +60,14 @@ def combined(infos: Sequence[SolveInfo], parts: Sequence[list[Tensor]], rtol: fl
 
 def _norms(part: list[Tensor]) -> Tensor:
     columns = Space.merge(part)
-    return columns.to(working_dtype(columns.dtype)).norm(dim=0)
+    norms: Tensor = torch.linalg.vector_norm(columns.to(working_dtype(columns.dtype)), dim=0)
+    return norms
 
 
 def _whole(relative: Sequence[Tensor], scales: Tensor) -> Tensor:
     """Norms of the whole relative to its scale, from those of blocks ``[K]``; absolute ones where it is zero."""
     parts = torch.stack(list(relative))
-    whole, total = torch.where(scales > 0, parts * scales, parts).norm(dim=0), scales.norm(dim=0)
-    return torch.where(total > 0, whole / torch.where(total > 0, total, 1.0), whole)
+    whole = torch.linalg.vector_norm(torch.where(scales > 0, parts * scales, parts), dim=0)
+    total = torch.linalg.vector_norm(scales, dim=0)
+    result: Tensor = whole / torch.where(total > 0, total, 1.0)
+    return result

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.gram import working_dtype as working_dtype
+from curvlinops.operators.space import working_dtype as working_dtype
 
 #: Maps columns ``[D, K]`` to the product with a matrix.
 Product = Callable[[Tensor], Tensor]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
-from curvlinops.solvers.columns import working_dtype
+from curvlinops.operators.sampling import generator_for as generator_for
+from curvlinops.operators.space import working_dtype
 
 #: Distributions of random vectors: independent signs, independent standard normal numbers, uniform on the sphere of
 #: radius √D.
@@ -22,31 +22,6 @@ def check_distribution(distribution: str) -> None:
     if distribution not in DISTRIBUTIONS:
         known = ", ".join(repr(d) for d in DISTRIBUTIONS)
         raise ValueError(f"distribution: expected one of {known}, got {distribution!r}.")
-
-
-def check_generator(generator: Any, device: torch.device) -> None:
-    """Refuse what is no generator on a device.
-
-    Raises:
-        TypeError: If it is no generator.
-        ValueError: If it lives on another device.
-    """
-    if not isinstance(generator, Generator):
-        raise TypeError(f"generator: expected a torch.Generator, got {type(generator).__name__}.")
-    given = generator.device
-    # One of CUDA without an index serves the current device.
-    if given.type != device.type or (None not in (given.index, device.index) and given.index != device.index):
-        raise ValueError(
-            f"generator: expected one on {device}, where A is, got one on {given}. Pass torch.Generator('{device}')."
-        )
-
-
-def generator_for(device: torch.device, seed: int, generator: Generator | None) -> Generator:
-    """The generator that was given, or a new one with this seed."""
-    if generator is None:
-        return torch.Generator(device).manual_seed(seed)
-    check_generator(generator, device)
-    return generator
 
 
 def draw_columns(numel: int, distribution: str, generators: Iterator[Generator], dtype: torch.dtype) -> Tensor:

@@ -20,12 +20,7 @@ from laplace import Laplace
 from laplace.curvature import AsdlEF, AsdlGGN, BackPackEF, BackPackGGN, CurvlinopsEF, CurvlinopsGGN, CurvlinopsHessian
 
 import curvlinops
-from curvlinops import (
-    FisherType,
-    GGNDiagonalLinearOperator,
-    HessianLinearOperator,
-    KFACLinearOperator,
-)
+from curvlinops import FisherType, GGNDiagonalLinearOperator, KFACLinearOperator, TransposedJacobianLinearOperator
 
 N, BATCH_SIZE, NUM_OUTPUTS = 11, 4, 3
 
@@ -88,6 +83,15 @@ def loader(name: str, likelihood: str, batch_size: int = BATCH_SIZE, repeats: in
     else:
         y = torch.randn(N, NUM_OUTPUTS, generator=generator)
     return DataLoader(TensorDataset(X, y.repeat_interleave(repeats, 0)), batch_size=batch_size)
+
+
+def loss_of(likelihood: str) -> tuple[nn.Module, float]:
+    """The loss that laplace-torch passes on, and what it multiplies curvature with."""
+    return (
+        (nn.MSELoss(reduction="sum"), 0.5)
+        if likelihood == "regression"
+        else (nn.CrossEntropyLoss(reduction="sum"), 1.0)
+    )
 
 
 def network(name: str) -> nn.Module:
@@ -161,17 +165,16 @@ def test_empirical_fisher_full_and_diagonal(structure: str, name: str, likelihoo
 def test_diagonal_equals_the_operator_of_the_diagonal(likelihood: str) -> None:
     model, data = network("MLP"), loader("MLP", likelihood)
     theirs = fitted(model, likelihood, "diag", BackPackGGN, data)
-    loss = nn.MSELoss(reduction="sum") if likelihood == "regression" else nn.CrossEntropyLoss(reduction="sum")
+    loss, factor = loss_of(likelihood)
     ours = GGNDiagonalLinearOperator(model, loss, list(model.parameters()), data)
-    assert_close((0.5 if likelihood == "regression" else 1.0) * ours.diagonal(), theirs.H, "diagonal", 1e-9)
+    assert_close(factor * ours.diagonal(), theirs.H, "diagonal", 1e-9)
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_full_hessian(likelihood: str) -> None:
     model, data = network("MLP"), loader("MLP", likelihood)
     ours = fitted(model, likelihood, "full", CurvlinopsHessian, data)
-    factor = 0.5 if likelihood == "regression" else 1.0
-    loss = nn.MSELoss(reduction="sum") if likelihood == "regression" else nn.CrossEntropyLoss(reduction="sum")
+    loss, factor = loss_of(likelihood)
     X, y = data.dataset.tensors
 
     def risk(flat: Tensor) -> Tensor:
@@ -181,7 +184,6 @@ def test_full_hessian(likelihood: str) -> None:
 
     theta = nn.utils.parameters_to_vector(model.parameters()).detach()
     assert_close(ours.H, torch.autograd.functional.hessian(risk, theta), "Hessian", 1e-9)
-    assert HessianLinearOperator is not None
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -226,18 +228,49 @@ def test_empirical_fisher_kronecker(name: str, likelihood: str) -> None:
     assert_same_posterior(ours, fitted(model, likelihood, "kron", AsdlEF, data), inputs(name, 5))
 
 
+def operator_of(model: nn.Module, likelihood: str, backend: type, data: DataLoader[Any]) -> Any:
+    """The operator over all data that a Kronecker approximation should amount to."""
+    kind = FisherType.TYPE2 if backend is CurvlinopsGGN else FisherType.EMPIRICAL
+    loss, factor = loss_of(likelihood)
+    params = [p for p in model.parameters() if p.requires_grad]
+    return factor * KFACLinearOperator(model, loss, params, data, fisher_type=kind)
+
+
+@pytest.mark.parametrize("batch_size", [BATCH_SIZE, N])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("backend", [CurvlinopsGGN, CurvlinopsEF])
 @pytest.mark.parametrize("name", [*VECTORS, "named"])
-def test_kronecker_is_the_matrix_of_the_operator(name: str, backend: type, likelihood: str) -> None:
-    """With one mini-batch: laplace adds up the factors of several, which is not what one pass over them gives."""
-    model, data = network(name), loader(name, likelihood, N)
+def test_kronecker_is_the_matrix_of_one_operator_over_all_data(
+    name: str, backend: type, likelihood: str, batch_size: int
+) -> None:
+    model, data = network(name), loader(name, likelihood, batch_size)
     posterior = fitted(model, likelihood, "kron", backend, data)
-    kind = FisherType.TYPE2 if backend is CurvlinopsGGN else FisherType.EMPIRICAL
-    loss = nn.MSELoss(reduction="sum") if likelihood == "regression" else nn.CrossEntropyLoss(reduction="sum")
-    K = KFACLinearOperator(model, loss, list(model.parameters()), data, fisher_type=kind)
-    factor = 0.5 if likelihood == "regression" else 1.0
-    assert_close(curvature(posterior), factor * K.to_dense(), "matrix", 1e-9)
+    K = operator_of(model, likelihood, backend, data)
+    assert_close(curvature(posterior), K.to_dense(), "matrix", 1e-9)
+
+
+def test_closed_forms_of_the_operator_are_the_posterior() -> None:
+    """Precision, log-determinant and predictive covariance, as the page on Laplace approximations computes them."""
+    model, data = network("MLP"), loader("MLP", "classification")
+    posterior = fitted(model, "classification", "kron", CurvlinopsGGN, data)
+    precision = operator_of(model, "classification", CurvlinopsGGN, data).damped(0.3)
+    assert_close(precision.to_dense(), posterior.posterior_precision.to_matrix(), "precision", 1e-9)
+    assert_close(precision.logdet(), posterior.log_det_posterior_precision, "log-determinant", 1e-9)
+    Jt = TransposedJacobianLinearOperator(model, list(model.parameters()), [(inputs("MLP", 5), None)]).to_dense()
+    J = Jt.T.reshape(5, NUM_OUTPUTS, -1)
+    expected = posterior.functional_variance(J)
+    ours = torch.einsum("ncd,nkd->nck", J, (precision.inverse() @ Jt).T.reshape(J.shape))
+    assert_close(ours, expected, "predictive covariance", 1e-9)
+
+
+def test_a_frozen_normalisation_is_left_out() -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Tanh(), nn.Linear(5, NUM_OUTPUTS))
+    model[1].requires_grad_(False)
+    data = loader("MLP", "classification")
+    posterior = fitted(model, "classification", "kron", CurvlinopsGGN, data)
+    K = operator_of(model, "classification", CurvlinopsGGN, data)
+    assert_close(curvature(posterior), K.to_dense(), "matrix", 1e-9)
+    assert K.shape[0] == 4 * 5 + 5 + 5 * NUM_OUTPUTS + NUM_OUTPUTS
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -352,5 +385,5 @@ def test_what_laplace_would_misread_is_refused() -> None:
 def test_a_frozen_bias_is_refused() -> None:
     model = network("MLP")
     model[2].bias.requires_grad_(False)
-    with pytest.raises(NotImplementedError, match=r"'2\.bias'"):
+    with pytest.raises(NotImplementedError, match="the bias of its module '2' is not"):
         fitted(model, "classification", "kron", CurvlinopsGGN, loader("MLP", "classification"))

@@ -312,8 +312,18 @@ def _() -> Instance:
     return Instance(model, nn.CrossEntropyLoss(), named(model), real(9, 3, 2), ids(3, 9))
 
 
-#: Parts of the names of parameters that get the exact diagonal, by problem.
-DIAGONAL: dict[str, tuple[str, ...]] = {"kf-tied": ("embedding.weight",), "kf-lstm": ("lstm.",)}
+#: Beginnings of the names of parameters that get the exact diagonal, by problem.
+DIAGONAL: dict[str, tuple[str, ...]] = {
+    "kf-tied": ("embedding.weight",),
+    "kf-lstm": ("lstm.",),
+    "lstm-time-major-input": ("lstm.",),
+    "tied-embeddings": ("token.weight",),
+    "windowed-attention": ("bias",),
+}
+#: Likewise, of embeddings that are broadcast along data: their indices have no datum axis.
+EXACT: dict[str, tuple[str, ...]] = dict.fromkeys(
+    ("positions-flat", "positions-row", "transformer-sdpa-ce", "tied-embeddings"), ("position.weight",)
+)
 
 
 def names_of(instance: Instance) -> list[str]:
@@ -325,10 +335,9 @@ def names_of(instance: Instance) -> list[str]:
     return [places.get(id(p), str(i)) for i, p in enumerate(instance.params)]
 
 
-def diagonal_positions(name: str, instance: Instance) -> list[int]:
-    """Return the positions of the parameters that have no factors."""
-    parts = DIAGONAL.get(name, ())
-    return [i for i, n in enumerate(names_of(instance)) if any(part in n for part in parts)]
+def positions_in(table: dict[str, tuple[str, ...]], name: str, instance: Instance) -> list[int]:
+    """Return the positions of the parameters that a table lists for a problem."""
+    return [i for i, n in enumerate(names_of(instance)) if n.startswith(table.get(name, ()))]
 
 
 def made(build: Callable[[], Instance], sizes: Sequence[int] | None = None) -> Instance:
@@ -349,7 +358,7 @@ def problem_of(name: str) -> Problem:
 def oracle_of(name: str) -> KroneckerOracle:
     """Build the oracle of a problem once, on tensors of its own."""
     instance = problem_of(name).make()
-    return KroneckerOracle(instance, diagonal_positions(name, instance))
+    return KroneckerOracle(instance, positions_in(DIAGONAL, name, instance), positions_in(EXACT, name, instance))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -237,10 +237,11 @@ class KroneckerOracle:
     Args:
         instance: The risk. Layers are looked for in ``instance.forward`` where that is a module, else in the model.
         diagonal: Positions of parameters that get the exact diagonal, whatever their size and layer.
+        exact: Positions of parameters that get their exact block, although a layer uses them.
     """
 
-    def __init__(self, instance: Instance, diagonal: Sequence[int] = ()) -> None:
-        self.instance, self.diagonal = instance, frozenset(diagonal)
+    def __init__(self, instance: Instance, diagonal: Sequence[int] = (), exact: Sequence[int] = ()) -> None:
+        self.instance, self.diagonal, self.exact = instance, frozenset(diagonal), frozenset(exact)
         self.base: Oracle = instance.oracle()
         self.params = self.base.params
         self.offsets = [0, *torch.tensor([p.numel() for p in self.params]).cumsum(0).tolist()]
@@ -265,7 +266,8 @@ class KroneckerOracle:
         seen: list[tuple[Any, Tensor, Tensor]] = []
 
         def note(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            seen.append((module, inputs[0].detach().clone(), output))
+            if output.requires_grad:
+                seen.append((module, inputs[0].detach().clone(), output))
             return output.clone()  # what writes into it must not move the place where gradients are taken
 
         handles = [m.register_forward_hook(note) for m in self.root.modules() if is_layer(m)]
@@ -290,7 +292,7 @@ class KroneckerOracle:
         found: dict[int, list[Any]] = {}
         for module in modules.values():
             position = self._position(module.weight)
-            if position is not None and position not in self.diagonal:
+            if position is not None and position not in self.diagonal | self.exact:
                 found.setdefault(position, []).append(module)
         alike = {i: ms for i, ms in found.items() if len({type(m) for m in ms}) == 1}
         return [self._layer(i, ms, separate) for i, ms in alike.items()]
@@ -437,7 +439,8 @@ class KroneckerOracle:
             blocks.append(Block(layer.positions, layer.index, empty, left, right))
             bias = self._position(getattr(layer.module, "bias", None))
             if bias is not None and bias not in layer.positions:
-                total = sum(m * T for m, T in zip(mu, layer.outputs, strict=True))
+                # As the last entry of a joint block: each position counts, or their mean once.
+                total = sum(m * (1 if reduce else T) for m, T in zip(mu, layer.outputs, strict=True))
                 index = self._places(bias).reshape(1, -1, 1)
                 scaled = (c * total * torch.eye(index.numel()).to(gram))[None]
                 blocks.append(Block([bias], index, empty[:, :1, :1, :1], replaced=scaled))

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from curvlinops import EKFACLinearOperator, KFACLinearOperator, KFOCLinearOperator
 from tests.kronecker.cases import (
-    APPROXIMATIONS,
     FISHERS,
     SAMPLES,
     SEED,
@@ -27,10 +26,22 @@ from tests.problems import PROBLEMS, Instance
 from tests.problems.table import ids, listed, mlp, named, real
 
 NAMES = list(TABLE)
-CURVATURES = FISHERS[:3]
 # Without gradients, a parameter that no layer multiplies by its input has no truth in the oracle.
 FORWARD = [n for n in NAMES if n not in ("kf-norms", "kf-tied", "kf-lstm")]
-KFAC_CASES = [(n, f) for f in FISHERS for n in (FORWARD if f == "forward-only" else NAMES)]
+# All ways to cut into blocks with the exact columns, two of them with the others.
+PAIRS = [("expand", True), ("reduce", False), ("expand", False), ("reduce", True)]
+KFAC_CASES = [
+    (n, f, *pair)
+    for f in FISHERS
+    for n in (FORWARD if f == "forward-only" else NAMES)
+    for pair in (PAIRS[:2] if f in ("mc", "empirical") else PAIRS)
+]
+EKFAC_CASES = [
+    (n, f, *pair)
+    for n in NAMES
+    for f, pair in [("type-2", PAIRS[0]), ("type-2", PAIRS[1]), ("mc", PAIRS[2]), ("empirical", PAIRS[3])]
+]
+KFOC_CASES = [(n, f, s) for n in NAMES for f, s in [("type-2", True), ("mc", True), ("empirical", False)]]
 
 
 def separately(blocks: list[Block], block: Block) -> str:
@@ -52,19 +63,14 @@ def zero_between(K: Tensor, blocks: list[Block]) -> bool:
     return not K.any()
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("approx", APPROXIMATIONS)
-@pytest.mark.parametrize(("name", "fisher"), KFAC_CASES)
+@pytest.mark.parametrize(("name", "fisher", "approx", "separate"), KFAC_CASES)
 def test_kfac(name: str, fisher: str, approx: str, separate: bool) -> None:
     K = build(KFACLinearOperator, problem_of(name).make(), **keywords_of(fisher, approx, separate))
     expected = oracle_of(name).matrix("kfac", **options_of(fisher, approx, separate))
     assert error(K.to_dense(), expected) < 1e-10
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("approx", APPROXIMATIONS)
-@pytest.mark.parametrize("fisher", CURVATURES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "fisher", "approx", "separate"), EKFAC_CASES)
 def test_ekfac(name: str, fisher: str, approx: str, separate: bool) -> None:
     """Where an eigenvalue is repeated, any basis of its space will do: then what all choices have in common."""
     blocks = oracle_of(name).blocks(**options_of(fisher, approx, separate))
@@ -85,23 +91,39 @@ def test_ekfac(name: str, fisher: str, approx: str, separate: bool) -> None:
         assert residual.norm() <= (block.matrices("kfac") - block.truth).norm() + 1e-10 * size
 
 
-@pytest.mark.parametrize("separate", [True, False])
-@pytest.mark.parametrize("fisher", CURVATURES)
-@pytest.mark.parametrize("name", NAMES)
-def test_kfoc(name: str, fisher: str, separate: bool) -> None:
-    """The distance from the truth is flat around the best, so it is known better than the matrix is."""
-    blocks = oracle_of(name).blocks(**options_of(fisher, "expand", separate))
-    K = build(KFOCLinearOperator, problem_of(name).make(), **keywords_of(fisher, None, separate)).to_dense()
-    assert zero_between(K, blocks)
+def distances(K: Tensor, blocks: list[Block]) -> list[tuple[float, float, float]]:
+    """Return the relative distances of each product from the truth and from the nearest one, and the latter's."""
+    result = []
     for block in blocks:
         expected, actual = block.matrices("kfoc"), torch.stack(block_of(K, block))
         if block.left is None:
             assert error(actual, expected) < 1e-10, separately(blocks, block)
             continue
         size = block.truth.norm()
-        best = (expected - block.truth).norm()
-        assert (actual - block.truth).norm() <= best + 1e-9 * size, separately(blocks, block)
-        assert error(actual, expected) < 1e-5, separately(blocks, block)
+        pairs = ((actual, block.truth), (actual, expected), (expected, block.truth))
+        result.append(tuple(((p - q).norm() / size).item() for p, q in pairs))
+    return result  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(("name", "fisher", "separate"), KFOC_CASES)
+def test_kfoc(name: str, fisher: str, separate: bool) -> None:
+    """Iterated until it stands, it is the best there is."""
+    blocks = oracle_of(name).blocks(**options_of(fisher, "expand", separate))
+    keywords = keywords_of(fisher, None, separate) | {"rtol": 1e-9, "max_iter": 200}
+    K = build(KFOCLinearOperator, problem_of(name).make(), **keywords).to_dense()
+    assert zero_between(K, blocks)
+    for distance, deviation, best in distances(K, blocks):
+        assert distance <= best + 1e-9
+        assert deviation < 1e-6
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_kfoc_with_its_default_tolerance(name: str) -> None:
+    """The distance is flat around the best, so it is known to the square of the factors' tolerance."""
+    blocks = oracle_of(name).blocks()
+    K = build(KFOCLinearOperator, problem_of(name).make(), fisher_type="type-2").to_dense()
+    for distance, _, best in distances(K, blocks):
+        assert distance <= best + 1e-5
 
 
 @pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
@@ -110,20 +132,34 @@ def test_terms_of_a_datum_summed(cls: type, name: str) -> None:
     """The own gradients of a datum's positions are one column."""
     kind = {KFACLinearOperator: "kfac", EKFACLinearOperator: "ekfac", KFOCLinearOperator: "kfoc"}[cls]
     blocks = oracle_of(name).blocks(fisher="empirical", terms="datum")
-    K = build(cls, problem_of(name).make(), fisher_type="empirical", terms="datum").to_dense()
+    keywords = {"rtol": 1e-9, "max_iter": 200} if kind == "kfoc" else {}
+    K = build(cls, problem_of(name).make(), fisher_type="empirical", terms="datum", **keywords).to_dense()
     for block in blocks:
         assert block.left is None or block.separation > 1e-6
-        assert error(torch.stack(block_of(K, block)), block.matrices(kind)) < (1e-5 if kind == "kfoc" else 1e-8)
+        assert error(torch.stack(block_of(K, block)), block.matrices(kind)) < (1e-6 if kind == "kfoc" else 1e-8)
 
 
 # -- the table of all problems: whatever a parameter gets, it is not wrong ---------------------------------------------
 
+# In one of them, how often a datum goes through a layer depends on its mini-batch. Some do without modules.
+LEFT_OUT = (
+    "ce-",
+    "mse-",
+    "bce-",
+    "weights-",
+    "ridge-",
+    "vmap-",
+    "used-again-in-some-batches",
+    "callable-",
+    "weight-and-its-slice",
+)
 OTHERS = [
     n
     for n, p in PROBLEMS.items()
-    if not p.tags & {"generic", "no_fisher", "refused"}
-    and not n.startswith(("ce-", "mse-", "bce-", "weights-", "ridge-", "generic-", "vmap-"))
+    if not p.tags & {"generic", "no_fisher", "refused"} and (n == "callable-of-x" or not n.startswith(LEFT_OUT))
 ]
+# Parameters whose factors hooks cannot see: attention has none on its projections, nor have plain products.
+UNSEEN = ("attn.", "attention.in_proj", "attention.out_proj.weight", "matrix")
 
 
 @pytest.mark.parametrize(("fisher", "approx"), [("type-2", "expand"), ("empirical", "reduce")])
@@ -137,7 +173,10 @@ def test_each_parameter_gets_a_true_block_or_its_factors(name: str, fisher: str,
     K = build(KFACLinearOperator, problem_of(name).make(), fisher_type=fisher, kfac_approx=approx).to_dense()
     single = [Block([i], oracle._places(i).reshape(1, -1, 1), torch.empty(0)) for i in range(len(oracle.params))]
     assert zero_between(K, single)
+    names = names_of(oracle.instance)
     for one in single:
+        if any(part in names[one.positions[0]] for part in UNSEEN):
+            continue
         (actual,) = block_of(K, one)
         whole = H[:, one.index.flatten()].T @ H[:, one.index.flatten()]
         accepted = [whole, torch.diag(whole.diagonal())]
@@ -146,7 +185,7 @@ def test_each_parameter_gets_a_true_block_or_its_factors(name: str, fisher: str,
             if factored and error(block.columns, H[:, block.index]) < 1e-10:  # else other uses escaped the hooks
                 accepted.append(block_of(oracle.assemble([block], "kfac"), one)[0])
         errors = [error(actual, matrix) for matrix in accepted]
-        assert min(errors) < 1e-10, f"{names_of(oracle.instance)[one.positions[0]]}: {errors}"
+        assert min(errors) < 1e-10, f"{names[one.positions[0]]}: {errors}"
 
 
 # Plain layers must have factors: the exact diagonal everywhere would pass the test above.
@@ -157,7 +196,7 @@ FACTORED = [
     "masked-rows", "conv1d-options", "conv2d-options", "conv2d-depthwise-separable", "conv3d-options",
     "conv-transpose1d-positions", "conv-transpose2d-options", "norms-of-vectors", "layer-under-two-names",
     "hugging-face-conv1d", "subset-shuffled-list", "subset-shuffled-dict", "functional-call", "tuple-input",
-    "mapping-input", "writes-in-place",
+    "mapping-input", "tied-embeddings", "hugging-face-bert", "windowed-attention", "detached-part",
 ]  # fmt: skip
 
 
@@ -261,9 +300,10 @@ def test_no_gradient_is_needed_forward_only() -> None:
         assert error(K[at[:, None], at], expected) < 1e-12
 
 
-def test_forward_only_has_no_eigenvalues_to_correct() -> None:
+@pytest.mark.parametrize("cls", [EKFACLinearOperator, KFOCLinearOperator])
+def test_forward_only_has_no_gradients_to_correct(cls: type) -> None:
     with pytest.raises((NotImplementedError, ValueError), match="forward"):
-        build(EKFACLinearOperator, problem_of("kf-linear-ce").make(), fisher_type="forward-only").to_dense()
+        build(cls, problem_of("kf-linear-ce").make(), fisher_type="forward-only").to_dense()
 
 
 def test_samples_are_those_of_the_seed() -> None:

@@ -30,11 +30,13 @@ CUT = [
 
 def cuts(num_data: int) -> list[tuple[int, ...]]:
     """Ways to cut the data: as a whole, ragged, one at a time."""
-    return [(num_data,), (1, num_data - 3, 2), (1,) * num_data, (3,) * (num_data // 3) + (1,) * (num_data % 3)]
+    return [(num_data,), (1, num_data - 3, 2), (1,) * num_data]
 
 
-@pytest.mark.parametrize("approx", APPROXIMATIONS)
-@pytest.mark.parametrize("fisher", ["type-2", "empirical", "forward-only"])
+@pytest.mark.parametrize(
+    ("fisher", "approx"),
+    [("type-2", "expand"), ("type-2", "reduce"), ("empirical", "expand"), ("forward-only", "reduce")],
+)
 @pytest.mark.parametrize("name", CUT)
 def test_cuts_do_not_matter(name: str, fisher: str, approx: str) -> None:
     problem = problem_of(name)

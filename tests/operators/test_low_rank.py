@@ -469,6 +469,10 @@ def test_samples_repeat_with_their_seed() -> None:
     assert torch.equal(torch.get_rng_state(), state)
     with pytest.raises(ValueError, match=r"num_samples.*at least 1, got 0"):
         A.sample(0)
+    with pytest.raises(TypeError, match=r"num_samples.*integer.*got 2\.0"):
+        A.sample(2.0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"expected a torch\.Generator, got int"):
+        A.sample(2, generator=7)  # type: ignore[arg-type]
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------

@@ -5,12 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.factors import DenseFactor
 from curvlinops.operators.space import Space
 from curvlinops.risk.layers.factors import LayerFactors
 from curvlinops.risk.layers.weights import Moments
@@ -70,12 +71,12 @@ class Block(ABC):
         """What is summed of the columns of a mini-batch, or some of them."""
         return []
 
-    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What is kept, of the scaled sums over all data."""
-        return dict(sums)
+    def finished(self, sums: Mapping[str, Tensor], scaling: Scaling) -> dict[str, Tensor]:
+        """What is kept, of the sums over all data and the scale of the loss."""
+        return {name: scaling.times(tensor) for name, tensor in sums.items()}
 
     @abstractmethod
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The block as an operator."""
 
     @property
@@ -89,6 +90,44 @@ class Block(ABC):
         return cls(positions, shapes)
 
 
-def covariance(moment: Tensor, count: Tensor) -> Tensor:
-    """A sum divided by the weight of its terms; zero where there are none."""
-    return moment / count.clamp_min(torch.finfo(count.dtype).tiny)
+class Scaling:
+    """Scales sums in place, those that several blocks share once.
+
+    Args:
+        scale: The scale of the loss, c.
+    """
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self._done: dict[tuple[int, int], tuple[Tensor, float]] = {}
+
+    def times(self, sums: Tensor, factor: float | None = None) -> Tensor:
+        """The sums times a factor, by default the scale of the loss."""
+        factor = self.scale if factor is None else factor
+        key = sums.data_ptr(), sums.numel()
+        if key not in self._done:
+            self._done[key] = sums, factor  # held, lest other sums come to lie there
+            return sums.mul_(factor)
+        earlier = self._done[key][1]
+        return sums if earlier == factor else sums * (factor / earlier)
+
+    def mean(self, sums: Tensor, count: Tensor) -> Tensor:
+        """The sums divided by the weight of their terms; zero where there are none."""
+        number = float(count)
+        return self.times(sums, 1.0 / number if number > 0 else 1.0)
+
+
+class FactorPool:
+    """Factors of the tensors that blocks keep: those of the same entries are one, and are decomposed once."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], list[DenseFactor]] = {}
+
+    def dense(self, matrix: Tensor) -> DenseFactor:
+        """The factor of matrices ``[G, n, n]``."""
+        key = tuple(matrix.shape), *matrix[0].diagonal()[:8].tolist()
+        for factor in self._known.setdefault(key, []):
+            if factor.has_entries(matrix):
+                return factor
+        self._known[key].append(DenseFactor(matrix, is_owned=True))
+        return self._known[key][-1]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlinops.curvature.kronecker.accumulation import Accumulation
 from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
-from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.decomposition import shared_bases
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
@@ -113,16 +113,16 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
             return super()._sums(number, block, columns, is_first)
         return [block.correction(columns, self._state.kept[number])] if isinstance(block, FactoredBlock) else []
 
-    def _finish(self, state: Accumulation, totals: Sequence[Tensor]) -> None:
+    def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
         factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         if state.num_passes == 0:
-            super()._finish(state, totals)
+            super()._finish(state, sums, scaling)
             factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
             self._rotate([state.kept[i] for i in factored])
             state.is_done = not factored
             return
-        for i, eigenvalues in zip(factored, totals, strict=True):
-            state.kept[i]["eigenvalues"] = eigenvalues
+        for i, eigenvalues in zip(factored, sums, strict=True):
+            state.kept[i]["eigenvalues"] = scaling.times(eigenvalues)
         state.num_passes += 1
         state.is_done = True
 
@@ -136,10 +136,10 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         for (tensors, side, matrix), basis in zip(dense, bases, strict=True):
             tensors[f"{side}_basis"] = basis.reshape(matrix.shape)
 
-    def _block_operator(self, number: int, block: Block) -> LinearOperator:
+    def _block_operator(self, number: int, block: Block, pool: FactorPool) -> LinearOperator:
         kept = self._state.kept[number]
         if not isinstance(block, FactoredBlock):
-            return super()._block_operator(number, block)
+            return super()._block_operator(number, block, pool)
         left, right = block.bases(kept)
         space = self.domain.select(block.positions)
         return decomposed(kept["eigenvalues"], left, right, block.arrangement, space, is_owned=True)

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvlinops.curvature.kronecker.blocks import Block, Columns, covariance
+from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.operators.arrangement import Arrangement
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.factors import DenseFactor, DiagonalFactor
+from curvlinops.operators.factors import DiagonalFactor, Factor
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.space import Space
 from curvlinops.risk.layers.dense import LookupPart
@@ -82,25 +82,25 @@ class KroneckerBlock(FactoredBlock):
         """Σ g gᵀ."""
         return [self._weight(columns).gradient_moment(self._reduces)]
 
-    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finished(self, sums: Mapping[str, Tensor], scaling: Scaling) -> dict[str, Tensor]:
         """The covariances, of which that of the inputs is a mean; without gradients it carries the scale."""
-        A = sums["input_covariance"]
+        moment = sums["input_covariance"]
         if "gradient_covariance" not in sums:
-            return {"input_covariance": A}
+            return {"input_covariance": scaling.times(moment)}
         return {
-            "input_covariance": covariance(A, sums["num_positions"]),
-            "gradient_covariance": sums["gradient_covariance"],
+            "input_covariance": scaling.mean(moment, sums["num_positions"]),
+            "gradient_covariance": scaling.times(sums["gradient_covariance"]),
         }
 
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """B ⊗ A."""
         A = kept["input_covariance"]
+        left: Factor
         if "gradient_covariance" in kept:
-            B = DenseFactor(kept["gradient_covariance"], is_owned=True)
+            left = pool.dense(kept["gradient_covariance"])
         else:
-            B = DiagonalFactor(A.new_ones(len(A), self.arrangement.num_rows), is_owned=True)  # type: ignore[assignment]
-        right = DenseFactor(A, is_owned=True)
-        return Kronecker(B, right, arrangement=self.arrangement, space=space, is_positive=True)
+            left = DiagonalFactor(A.new_ones(len(A), self.arrangement.num_rows), is_owned=True)
+        return Kronecker(left, pool.dense(A), arrangement=self.arrangement, space=space, is_positive=True)
 
     def correction(self, columns: Columns, kept: Mapping[str, Tensor]) -> Tensor:
         """See :meth:`FactoredBlock.correction`."""
@@ -141,24 +141,24 @@ class EmbeddingBlock(FactoredBlock):
         """Σ g gᵀ."""
         return [self._table(columns).gradient_moment()]
 
-    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def finished(self, sums: Mapping[str, Tensor], scaling: Scaling) -> dict[str, Tensor]:
         """Frequencies of rows and the covariance of gradients; without gradients counts, which carry the scale."""
         counts = sums["input_covariance"]
         if "gradient_covariance" not in sums:
-            return {"input_covariance": counts}
+            return {"input_covariance": scaling.times(counts)}
         return {
-            "input_covariance": covariance(counts, sums["num_positions"]),
-            "gradient_covariance": sums["gradient_covariance"],
+            "input_covariance": scaling.mean(counts, sums["num_positions"]),
+            "gradient_covariance": scaling.times(sums["gradient_covariance"]),
         }
 
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """A ⊗ B, of which A is diagonal."""
         left = DiagonalFactor(kept["input_covariance"].unsqueeze(0), is_owned=True)
+        right: Factor
         if "gradient_covariance" in kept:
-            right = DenseFactor(kept["gradient_covariance"].unsqueeze(0), is_owned=True)
+            right = pool.dense(kept["gradient_covariance"].unsqueeze(0))
         else:
-            width = self.arrangement.num_columns
-            right = DiagonalFactor(kept["input_covariance"].new_ones(1, width), is_owned=True)  # type: ignore[assignment]
+            right = DiagonalFactor(left.diagonal().new_ones(1, self.arrangement.num_columns), is_owned=True)
         return Kronecker(left, right, arrangement=self.arrangement, space=space, is_positive=True)
 
     def correction(self, columns: Columns, kept: Mapping[str, Tensor]) -> Tensor:

@@ -8,11 +8,12 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
+from curvlinops.curvature.kronecker.module_factors import FactorsByModule
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.risk.model import Parameters
 
 
-class KFACLinearOperator(KroneckerFactoredLinearOperator):
+class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
     r"""Kronecker-factored approximate curvature: a block :math:`B \otimes A` for each weight.
 
     With inputs :math:`a_{nt}` of datum n at position t and gradients :math:`g_{nmt}` of the loss factor's column m at

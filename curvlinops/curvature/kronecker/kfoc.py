@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlinops.curvature.kronecker.accumulation import Accumulation
 from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
-from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.curvature.kronecker.blocks import Block, Columns, Scaling
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.risk.model import Parameters
@@ -130,15 +130,16 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
             return []
         return [block.contraction(columns, self._state.kept[number], self._turns_inputs)]
 
-    def _finish(self, state: Accumulation, totals: Sequence[Tensor]) -> None:
+    def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
         if state.num_passes == 0:
-            super()._finish(state, totals)
+            super()._finish(state, sums, scaling)
             state.is_done = not any(isinstance(block, FactoredBlock) for block in state.blocks or [])
             return
         of_inputs = self._turns_inputs
-        pairs = zip(state.blocks or [], state.kept, strict=True)
-        factored = [kept for block, kept in pairs if isinstance(block, FactoredBlock)]
-        changes = [_improve(kept, total, of_inputs) for kept, total in zip(factored, totals, strict=True)]
+        blocks = zip(state.blocks or [], state.kept, strict=True)
+        factored = [kept for block, kept in blocks if isinstance(block, FactoredBlock)]
+        pairs = zip(factored, sums, strict=True)
+        changes = [_improve(kept, scaling.times(total), of_inputs) for kept, total in pairs]
         state.num_passes += 1
         # The factor of gradients turns first; it is new when the iteration ends, so that both fit together.
         is_turned = state.num_passes > 2 and max(changes) <= self._rtol

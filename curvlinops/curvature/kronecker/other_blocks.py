@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool
 from curvlinops.operators.arrangement import Arrangement
 from curvlinops.operators.base import LinearOperator
-from curvlinops.operators.factors import DenseFactor, DiagonalFactor
+from curvlinops.operators.factors import DiagonalFactor
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal
@@ -30,16 +30,12 @@ class ExactBlock(Block):
         assert isinstance(part, DirectPart)
         return [moment_of_entries(part, columns.moments)]
 
-    def finished(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The matrix, symmetric."""
-        return {"matrix": sums["matrix"]}
-
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The matrix, as a Kronecker product with one factor."""
         matrix = kept["matrix"].unsqueeze(0)
-        left, one = DenseFactor(matrix, is_owned=True), DiagonalFactor(matrix.new_ones(1, 1), is_owned=True)
+        one = DiagonalFactor(matrix.new_ones(1, 1), is_owned=True)
         arrangement = Arrangement(self.shapes, is_column=True)
-        return Kronecker(left, one, arrangement=arrangement, space=space, is_positive=True)
+        return Kronecker(pool.dense(matrix), one, arrangement=arrangement, space=space, is_positive=True)
 
 
 class DiagonalBlock(Block):
@@ -55,7 +51,7 @@ class DiagonalBlock(Block):
         found = columns.squares.get(position)
         return [columns.factors.squares_of(position) if found is None else found]
 
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The diagonal."""
         return diagonal_on(space, kept["diagonal"])
 
@@ -92,7 +88,7 @@ class IdentityBlock(Block):
             count = count * sum(part.num_positions for part in parts if isinstance(part, DirectPart))
         return [count]
 
-    def operator(self, kept: Mapping[str, Tensor], space: Space) -> LinearOperator:
+    def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The number of positions on the diagonal."""
         (shape,) = space.shapes
         return diagonal_on(space, kept["num_positions"].expand(shape))

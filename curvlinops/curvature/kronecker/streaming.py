@@ -10,7 +10,7 @@ from torch import Tensor
 
 from curvlinops.curvature.base import CurvatureLinearOperator
 from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of
-from curvlinops.curvature.kronecker.blocks import Block, Columns
+from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.columns import BatchColumns
 from curvlinops.curvature.kronecker.plan import Options, planned
 from curvlinops.curvature.kronecker.types import FisherType
@@ -95,7 +95,8 @@ class StreamedBlocks(CurvatureLinearOperator):
         if self._must_begin_anew(found):
             return 0
         taken, state.current = found.num_batches - begun, None
-        self._finish(state, self._risk.finished(self._sums_of_batches, found, step))
+        sums, scale = self._risk.finished(self._sums_of_batches, found, step)
+        self._finish(state, sums, Scaling(scale))
         return taken
 
     def _current_pass(self) -> Pass:
@@ -185,13 +186,13 @@ class StreamedBlocks(CurvatureLinearOperator):
         inputs = block.input_sums(columns) if is_first else []
         return [*inputs, *(block.gradient_sums(columns) if self._options.has_gradients else [])]
 
-    def _finish(self, state: Accumulation, totals: Sequence[Tensor]) -> None:
-        """Called with the scaled sums of the pass that is done."""
+    def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
+        """Called with the sums of the pass that is done, which are not scaled yet."""
         assert state.blocks is not None
-        remaining = iter(totals)
+        remaining = iter(sums)
         for block in state.blocks:
             names = block.of_inputs + (block.of_gradients if self._options.has_gradients else ())
-            state.kept.append(block.finished({name: next(remaining) for name in names}))
+            state.kept.append(block.finished({name: next(remaining) for name in names}, scaling))
         state.num_passes += 1
         state.is_done = True
 
@@ -200,14 +201,15 @@ class StreamedBlocks(CurvatureLinearOperator):
         self.compute()
         if self._structure is None:
             blocks = self._state.blocks or []
-            operators = [self._block_operator(number, block) for number, block in enumerate(blocks)]
+            pool = FactorPool()
+            operators = [self._block_operator(number, block, pool) for number, block in enumerate(blocks)]
             self._structure = BlockDiagonal(
                 operators, positions=[block.positions for block in blocks], space=self.domain
             )
         return self._structure
 
-    def _block_operator(self, number: int, block: Block) -> LinearOperator:
-        return block.operator(self._state.kept[number], self.domain.select(block.positions))
+    def _block_operator(self, number: int, block: Block, pool: FactorPool) -> LinearOperator:
+        return block.operator(self._state.kept[number], self.domain.select(block.positions), pool)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:
         return self._built()._matmat(X)

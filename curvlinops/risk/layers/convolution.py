@@ -107,6 +107,23 @@ class ConvolutionPart(Part):
         in_order = view.permute(2, 3, *range(4, 4 + dim), 0, 1, *range(4 + dim, view.ndim))
         return in_order.flatten(dim + 3).flatten(1, dim + 1)
 
+    def unfolded_rows(self, images: Tensor) -> Tensor:
+        """Rows of padded images ``[n, T, C, *space]``, unfolded along all axes but the first ``[F, rows, positions]``.
+
+        The features are channels and the kernel's other axes.
+        """
+        s, kernel = self.settings, self.shape[2:]
+        n, T, C = images.shape[:3]
+        padded = F.pad(images, [p for size in reversed(s.padding) for p in (size, size)])
+        n_step, T_step, C_step, row_step, *steps = padded.stride()
+        space, rows = self.g.shape[5:], padded.shape[3]
+        strides = [step * d for step, d in zip(steps, s.dilation[1:], strict=True)]
+        moves = [step * d for step, d in zip(steps, s.stride[1:], strict=True)]
+        view = padded.as_strided(
+            (C, *kernel[1:], rows, n, T, *space), (C_step, *strides, row_step, n_step, T_step, *moves)
+        )
+        return view.reshape(C * kernel[1:].numel(), rows, n * T * space.numel())
+
     def _rows(self, images: Tensor) -> Tensor:
         """Images ``[n, T, C, *space]`` as rows of channels ``[n, groups, C / groups, T positions]``."""
         n, T, C = images.shape[:3]

@@ -17,6 +17,9 @@ from curvlinops.risk.layers.parts import CHUNK_NUMEL, Part, gram_of_gradients, s
 from curvlinops.risk.layers.proofs import CompleteNotes, Proofs, RowMeasurement, complete_notes
 from curvlinops.risk.layers.recorder import LayerRecorder
 
+#: How many shapes of mini-batches are remembered.
+_MAX_PROOFS = 64
+
 
 class Engine(Protocol):
     """What is known about a model.
@@ -116,6 +119,8 @@ class LayerNotes:
         found = [rows.layout(note, g[0], h[0]) for note, g, h in pairs]
         self._layouts = tuple(layout for layout, _ in found)
         if self._signature[0] is not None and all(certain for _, certain in found):
+            if len(self._proofs) >= _MAX_PROOFS:  # of sequences of ever new lengths, say
+                self._proofs.clear()
             self._proofs[self._signature] = self._layouts
 
     def _gradients(self, U: Tensor) -> list[Tensor]:

@@ -14,8 +14,11 @@ from curvlinops.risk.losses.base import at_least_float32
 #: Numbers that intermediate results may take up at a time.
 CHUNK_NUMEL = 2**26
 
-#: Rows of a matrix that are multiplied at once where the product is known to be symmetric.
-SYMMETRIC_ROWS = 256
+#: Rows of a matrix up to which a product that is known to be symmetric is computed whole.
+SYMMETRIC_ROWS = 128
+
+#: Rows and columns of the tiles in which matrices are transposed.
+_TILE = 256
 
 #: Numbers of per-datum gradients that are squared and summed at once, so that they stay in the processor's cache.
 _CACHED_NUMEL = 2**18
@@ -149,10 +152,27 @@ def inner_products(x: Tensor, y: Tensor) -> Tensor:
     if x.data_ptr() != y.data_ptr() or x.shape != y.shape or x.stride() != y.stride() or len(x) <= SYMMETRIC_ROWS:
         return x @ y.T
     result = x.new_empty(len(x), len(x))
-    for rows in slices(len(x), SYMMETRIC_ROWS):
-        torch.mm(x[rows], x[: rows.stop].T, out=result[rows, : rows.stop])
-        result[: rows.start, rows] = result[rows, : rows.start].T
+    _fill_symmetric(x, result)
     return result
+
+
+def _fill_symmetric(x: Tensor, result: Tensor) -> None:
+    """Write X Xᵀ: the blocks on the diagonal by halves, of the others one and its mirror image."""
+    half = len(x) // 2
+    if len(x) <= SYMMETRIC_ROWS:
+        torch.mm(x, x.T, out=result)
+        return
+    torch.mm(x[half:], x[:half].T, out=result[half:, :half])
+    mirror(result[half:, :half], result[:half, half:])
+    _fill_symmetric(x[:half], result[:half, :half])
+    _fill_symmetric(x[half:], result[half:, half:])
+
+
+def mirror(source: Tensor, target: Tensor) -> None:
+    """Write the transpose of a matrix, in tiles that stay in the processor's cache."""
+    for rows in slices(len(source), _TILE):
+        for columns in slices(source.shape[1], _TILE):
+            target[columns, rows] = source[rows, columns].T
 
 
 def outer_gradients(g: Tensor, a: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlinops.risk.layers.convolution import ConvolutionPart
 from curvlinops.risk.layers.dense import DirectPart, LinearPart, LookupPart
 from curvlinops.risk.layers.parts import SYMMETRIC_ROWS, Part, Rows, inner_products, slices
+from curvlinops.risk.layers.patches import PatchMoment
 from curvlinops.risk.losses.base import at_least_float32
 
 #: Numbers in the patches that are unfolded at a time.
@@ -43,6 +44,22 @@ def second_moment(features: Tensor) -> Tensor:
         return inner_products(features, features)
     moment = features @ features.mT
     return (moment + moment.mT).div_(2)
+
+
+def with_border(moment: Tensor, sums: Tensor, count: Tensor) -> Tensor:
+    """The moment ``[G, S + 1, S + 1]`` of inputs with a last one that is always one.
+
+    Args:
+        moment: That of the inputs ``[G, S, S]``.
+        sums: Their sum ``[G, S]``.
+        count: How many they are.
+    """
+    size = moment.shape[1]
+    result = moment.new_empty(len(moment), size + 1, size + 1)
+    result[:, :size, :size] = moment
+    result[:, :size, size] = result[:, size, :size] = sums
+    result[:, size, size] = count
+    return result
 
 
 class WeightColumns:
@@ -93,8 +110,19 @@ class WeightColumns:
             weight: Weight of each datum ``[N]``, ``None`` for one.
             averaged: Whether the inputs of a datum are averaged over its positions before.
         """
+        part = self._parts[0]
+        is_one = len(self._parts) == 1 and not averaged and (weight is None or not self._has_bias)
+        if is_one and isinstance(part, ConvolutionPart) and PatchMoment.applies(part):
+            return self._moment_of_patches(part, weight)
         moments, counts = zip(*(self._input_moment(data, rows.a, weight, averaged) for data, rows in self._pieces()))
         return _total(moments), _total(counts)
+
+    def _moment_of_patches(self, part: ConvolutionPart, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+        found = PatchMoment(part, None if weight is None else weight.sqrt())
+        moment, positions = found.moment(), part.g.shape[3] * part.g.shape[4:].numel()
+        number = moment.new_tensor(float(part.num_data)) if weight is None else weight.sum().to(moment)
+        count = number * positions
+        return (with_border(moment, found.sums(), count) if self._has_bias else moment), count
 
     def _input_moment(self, data: slice, a: Tensor, weight: Tensor | None, averaged: bool) -> tuple[Tensor, Tensor]:
         ones = a.new_ones(a.shape[2], dtype=at_least_float32(a).dtype)
@@ -104,18 +132,9 @@ class WeightColumns:
         roots = weight.sqrt().unsqueeze(1).expand(-1, a.shape[3])
         weighted = a if is_plain else at_least_float32(a) * roots
         moment, count = self._moment_of(weighted), weight.sum() * a.shape[3]
-        return (self._bordered(moment, weighted, roots, count) if self._has_bias else moment), count
-
-    @staticmethod
-    def _bordered(moment: Tensor, weighted: Tensor, roots: Tensor, count: Tensor) -> Tensor:
-        """The moment of inputs with a last one that is always one."""
-        groups, size, _ = moment.shape
-        result = moment.new_empty(groups, size + 1, size + 1)
-        result[:, :size, :size] = moment
-        sums = at_least_float32(weighted).flatten(2) @ roots.flatten()
-        result[:, :size, size] = result[:, size, :size] = sums
-        result[:, size, size] = count
-        return result
+        if not self._has_bias:
+            return moment, count
+        return with_border(moment, at_least_float32(weighted).flatten(2) @ roots.flatten(), count), count
 
     def gradient_moment(self, summed: bool) -> Tensor:
         """Σ_nm Σ_t g gᵀ ``[G, R, R]``; of Σ_t g where the positions of a datum are summed before."""

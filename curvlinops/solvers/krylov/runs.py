@@ -9,10 +9,11 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.sampling import check_generator
 from curvlinops.solvers.checks import check_self_adjoint
 from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
 from curvlinops.solvers.krylov.lanczos import Lanczos, tridiagonal
-from curvlinops.solvers.random_vectors import DEFAULT_SEED, check_distribution, check_generator, draw_columns
+from curvlinops.solvers.random_vectors import DEFAULT_SEED, check_distribution, draw_columns
 from curvlinops.solvers.watch import Watch
 
 #: Numbers in the bases of the runs that go together by default.

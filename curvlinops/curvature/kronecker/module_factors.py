@@ -34,7 +34,11 @@ class FactorsByModule:
     """
 
     _model_func: Callable[..., Any]
-    domain: Space
+
+    @property
+    @abstractmethod
+    def domain(self) -> Space:
+        """The space of the parameters."""
 
     @property
     @abstractmethod
@@ -153,12 +157,11 @@ def _check_complete(owned: Mapping[str, int], module: nn.Module, module_name: st
                 f"Parameter '{names[position]}' is neither the weight nor the bias of module '{module_name}': {_ADVICE}"
             )
     wanted = {"weight"} if getattr(module, "bias", None) is None else {"weight", "bias"}
-    if missing := wanted - set(owned):
-        known, unknown = names[min(owned.values())], missing.pop()
+    for local in wanted - set(owned):
         raise NotImplementedError(
-            f"Module '{module_name}' has a {unknown} that is not in params, beside '{known}', which is. laplace-torch, "
-            "which reads factors by the names of modules, takes a module's weight and bias together: pass both or none "
-            "of them, or use factors(name), which takes the names of parameters."
+            f"Parameter '{names[min(owned.values())]}' is in params, but the {local} of its module '{module_name}' is "
+            "not: laplace-torch, which reads factors by the names of modules, takes the two together. Pass both or "
+            "none, or use factors(name), which takes the names of parameters."
         )
 
 
