@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 from collections.abc import Iterator
+from enum import Enum
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import curvlinops
 import curvlinops.examples
+from curvlinops import FisherType, KFACType
 
 SEED = 2147483647
 #: The common head of all curvature operators; REQUIRED stands for no default.
@@ -25,6 +27,9 @@ HEAD: dict[str, Any] = {
 }
 SIZES: dict[str, Any] = {"num_data": None, "batch_size_fn": None}
 JACOBIAN = {k: v for k, v in (HEAD | SIZES).items() if k != "loss_func"}
+FACTORED = HEAD | {"seed": SEED, "fisher_type": FisherType.MC, "mc_samples": 1}
+APPROXIMATION: dict[str, Any] = {"kfac_approx": KFACType.EXPAND, "num_per_example_loss_terms": None}
+SEPARATE: dict[str, Any] = {"separate_weight_and_bias": True}
 
 CURVATURE: dict[str, dict[str, Any]] = {
     "HessianLinearOperator": HEAD | SIZES,
@@ -35,7 +40,29 @@ CURVATURE: dict[str, dict[str, Any]] = {
     "EFDiagonalLinearOperator": HEAD | SIZES,
     "JacobianLinearOperator": JACOBIAN,
     "TransposedJacobianLinearOperator": JACOBIAN,
+    "KFACLinearOperator": FACTORED | APPROXIMATION | SEPARATE | SIZES,
+    "EKFACLinearOperator": FACTORED | APPROXIMATION | SEPARATE | SIZES,
+    "KFOCLinearOperator": FACTORED | SEPARATE | SIZES,
 }
+#: Of everything that is a Kronecker product, or made of them.
+INVERSE: dict[str, Any] = {
+    "damping": 0.0,
+    "use_heuristic_damping": False,
+    "min_damping": 1e-8,
+    "use_exact_damping": False,
+    "retry_double_precision": True,
+}
+KRONECKER_FAMILY = ("KFACLinearOperator", "EKFACLinearOperator", "KFOCLinearOperator")
+SAMPLED = (
+    "LowRankLinearOperator",
+    "Diagonal",
+    "TensorLinearOperator",
+    "BlockDiagonal",
+    "Kronecker",
+    "EigenDecomposed",
+    *KRONECKER_FAMILY,
+)
+SAMPLE: dict[str, Any] = {"num_samples": REQUIRED, "seed": SEED, "generator": None}
 SPECTRUM: dict[str, Any] = {
     "A": REQUIRED,
     "ncv": REQUIRED,
@@ -118,10 +145,12 @@ def test_argument_orders_and_defaults(name: str) -> None:
         ("GGNDiagonalLinearOperator", "inverse", {"damping": 0.0}),
         ("EFDiagonalLinearOperator", "inverse", {"damping": 0.0}),
         ("Diagonal", "inverse", {"damping": 0.0}),
-        ("BlockDiagonal", "inverse", {"damping": 0.0}),
+        *((name, "inverse", INVERSE) for name in ("BlockDiagonal", "Kronecker", *KRONECKER_FAMILY)),
+        ("EigenDecomposed", "inverse", INVERSE | {"use_exact_damping": True}),
+        *((name, method, {}) for name in KRONECKER_FAMILY for method in ("trace", "det", "logdet", "frobenius_norm")),
         ("TensorLinearOperator", "inverse", {"damping": 0.0}),
         ("LowRankLinearOperator", "inverse", {"damping": 0.0}),
-        ("LowRankLinearOperator", "sample", {"num_samples": REQUIRED, "seed": SEED, "generator": None}),
+        *((name, "sample", SAMPLE) for name in SAMPLED),
         ("SubmatrixLinearOperator", "set_submatrix", {"row_idxs": REQUIRED, "col_idxs": REQUIRED}),
         ("LinearOperator", "to_scipy", {"dtype": None}),
         ("LinearOperator", "adjoint", {}),
@@ -159,6 +188,10 @@ def test_public_names() -> None:
         "CurvatureLinearOperator",
         "Diagonal",
         "BlockDiagonal",
+        "Kronecker",
+        "EigenDecomposed",
+        "FisherType",
+        "KFACType",
         "exact_diagonal",
         "exact_trace",
     }
@@ -172,6 +205,21 @@ def test_public_names() -> None:
         assert hasattr(curvlinops.examples, name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "members"),
+    [
+        (FisherType, {"TYPE2": "type-2", "MC": "mc", "EMPIRICAL": "empirical", "FORWARD_ONLY": "forward-only"}),
+        (KFACType, {"EXPAND": "expand", "REDUCE": "reduce"}),
+    ],
+)
+def test_members_equal_their_strings(kind: type[Enum], members: dict[str, str]) -> None:
+    assert {name: member.value for name, member in kind.__members__.items()} == members
+    for name, string in members.items():
+        member = kind[name]
+        assert member == string and kind(string) is member and hash(member) == hash(string)
+        assert isinstance(member, str) and {string: 1}[member] == 1
+
+
 # -- documentation -----------------------------------------------------------------------------------------------------
 
 DOCUMENTED = [*curvlinops.__all__, *(f"examples.{name}" for name in curvlinops.examples.__all__)]
@@ -179,6 +227,10 @@ DOCUMENTED = [*curvlinops.__all__, *(f"examples.{name}" for name in curvlinops.e
 
 def is_exception(found: Any) -> bool:
     return inspect.isclass(found) and issubclass(found, BaseException)
+
+
+def is_enum(found: Any) -> bool:
+    return inspect.isclass(found) and issubclass(found, Enum)
 
 
 def result_fields(found: Any) -> list[str] | None:
@@ -197,6 +249,9 @@ def test_docstrings(name: str) -> None:
     first = inspect.cleandoc(text).split("\n\n")[0]
     assert first.endswith((".", ".`")), f"{name}: the first line is no sentence: {first}"
     if is_exception(found):
+        return
+    if is_enum(found):
+        assert all(f"{member}:" in text for member in found.__members__), f"{name} does not document its members"
         return
     fields = result_fields(found)
     if fields is not None:
@@ -219,7 +274,10 @@ def public_members(cls: type) -> Iterator[tuple[str, Any]]:
             yield name, member
 
 
-@pytest.mark.parametrize("name", [n for n in DOCUMENTED if inspect.isclass(public(n)) and not is_exception(public(n))])
+CLASSES = [n for n in DOCUMENTED if inspect.isclass(public(n)) and not (is_exception(public(n)) or is_enum(public(n)))]
+
+
+@pytest.mark.parametrize("name", CLASSES)
 def test_methods_have_docstrings_and_types(name: str) -> None:
     members = list(public_members(public(name)))
     assert members or result_fields(public(name)) is not None

@@ -207,8 +207,8 @@ class EmpiricalRisk(Derivatives, Weighing):
 
     def _add(self, found: Pass, batch: Batch, batch_sum: BatchSum) -> None:
         found.batch_index = batch.index
-        found.is_whole = False
         for piece in batch_sum(batch.X, batch.y):
+            found.is_whole = False
             found.add(batch.index, piece)
         if self.keeper is not None:
             self.keeper.settle(batch)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.operators.dense import TensorLinearOperator
-from curvlinops.operators.factors import DenseFactor, DiagonalFactor
+from curvlinops.operators.eigen_decomposed import EigenDecomposed
+from curvlinops.operators.factor_sets import eigendecompositions
+from curvlinops.operators.factors import DenseFactor, DiagonalFactor, Factor
 from curvlinops.operators.kronecker import Kronecker
-from curvlinops.operators.space import Space
+from curvlinops.operators.low_rank import LowRankLinearOperator
+from curvlinops.operators.low_rank_part import LowRankPart
+from curvlinops.operators.space import Space, working_dtype
 from curvlinops.operators.structured import Diagonal
+from curvlinops.solvers.functions import check_positive
 
 
 def has_closed_root(A: LinearOperator, is_inverse: bool) -> bool:
@@ -19,62 +26,137 @@ def has_closed_root(A: LinearOperator, is_inverse: bool) -> bool:
     return hasattr(A, "sqrt") and (not is_inverse or hasattr(A, "inverse"))
 
 
-def apply_closed_root(A: LinearOperator, X: list[Tensor], is_inverse: bool) -> tuple[list[Tensor], Tensor]:
-    """The root times columns, and the relative error that rounding makes of each ``[K]``.
+@dataclass(frozen=True)
+class ClosedRoot:
+    """The square root of an operator that knows it, or that of its inverse.
+
+    A dense matrix is decomposed in float64 and its root applied there: in float32, rounding would change the answer by
+    about ε times the condition. Kronecker products are decomposed in the dtype of their factors.
 
     Args:
-        A: The operator, with a closed root.
-        X: The columns, in the shapes of its space.
         is_inverse: Whether the root is that of the inverse.
-
-    Raises:
-        ValueError: If the root does not exist.
+        name: How errors call it.
     """
-    Y, error = _applied(A, X, is_inverse)
-    size = _norms(Y)
-    # Where nothing is rounded, nothing is lost, also where the answer is zero.
-    return Y, torch.where(error == 0, 0.0, error / size)
+
+    is_inverse: bool
+    name: str
+
+    def apply(self, A: LinearOperator, X: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The root times columns, and estimates of what rounding does to the answers, relative to them ``[K]``.
+
+        Args:
+            A: The operator, with a closed root.
+            X: The columns, in the shapes of its space.
+
+        Raises:
+            ValueError: If the root does not exist.
+        """
+        Y, error = self._applied(A, X)
+        return Y, torch.where(error == 0, 0.0, error / _norms(Y))
+
+    def _applied(self, A: LinearOperator, X: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The product, and estimates of its errors in norm ``[K]``."""
+        if isinstance(A, TensorLinearOperator):
+            return self._of_dense(A, X)
+        if isinstance(A, Kronecker):
+            return self._of_kronecker(A.frozen(), X, torch.finfo(A.left.dtype).eps)
+        if isinstance(A, LowRankLinearOperator):
+            return self._of_low_rank(A.frozen(), X)
+        if not isinstance(A, (Diagonal, BlockDiagonal)):
+            # A matrix that computes its blocks at first need is such a one by then.
+            damped = A.damped(0.0)
+            A = damped if isinstance(damped, BlockDiagonal) else A
+        if isinstance(A, BlockDiagonal):
+            return self._of_blocks(A, X)
+        root: LinearOperator = (A.inverse() if self.is_inverse else A).sqrt()  # type: ignore[attr-defined]
+        Y = root._matmat(X)
+        rounding = 0.0 if isinstance(A, Diagonal) else _of_product(root, X, Y)
+        return Y, rounding + torch.finfo(A.dtype).eps * _norms(Y)
+
+    def _of_blocks(self, A: BlockDiagonal, X: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        blocks = [block.frozen() if isinstance(block, Kronecker) else block for block in A.blocks]
+        # Factors of one size together; the frozen ones keep what is found.
+        eigendecompositions([f for block in blocks if isinstance(block, Kronecker) for f in (block.left, block.right)])
+        found = [self._applied(block, part) for block, part in zip(blocks, A._parts(X), strict=True)]
+        errors = torch.stack([error for _, error in found])
+        return A._together([part for part, _ in found]), torch.linalg.vector_norm(errors, dim=0)
+
+    def _of_dense(self, A: TensorLinearOperator, X: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        one = DiagonalFactor(torch.ones(1, 1, dtype=torch.float64, device=A.device), True)
+        wide, eps = Kronecker(DenseFactor(A._matrix.double(), True), one), torch.finfo(A.dtype).eps
+        columns, error = self._of_kronecker(wide, [x.double() for x in X], eps)
+        Y = [column.to(A.dtype) for column in columns]
+        return Y, error + (eps * _norms(Y) if A.dtype != torch.float64 else 0.0)
+
+    def _of_kronecker(self, A: Kronecker, X: list[Tensor], eps: float) -> tuple[list[Tensor], Tensor]:
+        """The same of a Kronecker product; an eigenvalue is zero or negative but for the rounding ε."""
+        left, right = A.left.eigh().values, A.right.eigh().values
+        values = A._products() + A.shift
+        self._check(A, values, eps)
+        roots = values.rsqrt() if self.is_inverse else values.clamp(min=0.0).sqrt()
+        moved = _with_rounding(A.left, left).unsqueeze(-1) * _with_rounding(A.right, right).unsqueeze(-2) + A.shift
+        moved = moved.abs().rsqrt() if self.is_inverse else moved.abs().sqrt()
+        root = A._in_eigenbasis(roots)
+        Y = root._matmat(X)
+        error = _of_product(root, X, Y) + _norms(A._in_eigenbasis(moved - roots)._matmat(X))
+        return Y, error + torch.finfo(A.dtype).eps * _norms(Y)
+
+    def _of_low_rank(self, A: LowRankLinearOperator, X: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """The same of a matrix of low rank: its Gram matrix is rounded, which changes the span of U alone."""
+        root = (A.inverse() if self.is_inverse else A).sqrt()
+        Y, found = root._matmat(X), A._part.spectrum()
+        error = _of_product(root, X, Y) + torch.finfo(A.dtype).eps * _norms(Y)
+        if len(found.values) == 0:
+            return Y, error
+        rounding = torch.finfo(working_dtype(A.dtype)).eps * float(found.values.abs().max())
+        values = (found.values + A.c).clamp(min=0.0)
+        change = self._root(values + rounding) - self._root(values)
+        moved = A._like(
+            LowRankPart(A.U, found.core(torch.where(found.values == 0, 0.0, change / found.values))),
+            0.0,
+            is_positive=False,
+        )
+        return Y, error + _norms(moved._matmat(X))
+
+    def _root(self, values: Tensor) -> Tensor:
+        return values.clamp(min=torch.finfo(values.dtype).tiny).rsqrt() if self.is_inverse else values.sqrt()
+
+    def _check(self, A: Kronecker, values: Tensor, eps: float) -> None:
+        smallest, largest = float(values.min()), float(values.abs().max())
+        if not self.is_inverse and not smallest >= -10 * eps * largest:
+            raise ValueError(
+                f"{self.name} needs a positive semi-definite operator, but it has an eigenvalue of {smallest:.3g}, "
+                f"where the largest is {largest:.3g}. Add damping: A.damped(1e-3)."
+            )
+        if self.is_inverse:
+            check_positive(values, 0.0, self.name)
+            # Of a known sign, a product is as definite as its factors, and a sum as its shift.
+            sizes = [A.left.eigh().values.abs(), A.right.eigh().values.abs()]
+            for group in [values.flatten(1)] if A.shift and not A._is_positive else [] if A.shift else sizes:
+                check_positive(group / group.amax(-1, keepdim=True), eps, self.name)
 
 
-def _applied(A: LinearOperator, X: list[Tensor], is_inverse: bool) -> tuple[list[Tensor], Tensor]:
-    """The product, and estimates of its errors in norm ``[K]``."""
-    if not isinstance(A, (BlockDiagonal, Diagonal)):
-        # What computes its blocks at first need is then known by them; closed forms are as they were.
-        A = A.damped(0.0) if isinstance(A.damped(0.0), BlockDiagonal) else A
-    if isinstance(A, BlockDiagonal):
-        # The rounding of a block is that of its own size.
-        found = [_applied(block, part, is_inverse) for block, part in zip(A.blocks, A._parts(X), strict=True)]
-        Y = A._together([part for part, _ in found])
-        return Y, torch.linalg.vector_norm(torch.stack([error for _, error in found]), dim=0)
-    A = _as_kronecker(A) if isinstance(A, TensorLinearOperator) else A.frozen()
-    root: LinearOperator = (A.inverse() if is_inverse else A).sqrt()  # type: ignore[attr-defined]
-    Y = root._matmat(X)
-    eps = torch.finfo(A.dtype).eps
-    if isinstance(A, Diagonal):
-        return Y, eps * _norms(Y)
-    error = eps * _norm(root, X, Y) * _norms(X)
-    if isinstance(A, Kronecker):
-        error = error + _norms(_change(A, is_inverse, eps)._matmat(X))
-    return Y, error
+def _with_rounding(factor: Factor, values: Tensor) -> Tensor:
+    """Eigenvalues ``[G, n]`` changed by their rounding: that of the largest one, or, of a diagonal, each one's own."""
+    sizes = values.abs()
+    size = sizes if isinstance(factor, DiagonalFactor) else sizes.amax(-1, keepdim=True)
+    return values + 4 * torch.finfo(values.dtype).eps * torch.where(values < 0, -size, size)
 
 
-def _as_kronecker(A: TensorLinearOperator) -> Kronecker:
-    one = torch.ones(1, 1, dtype=A.dtype, device=A.device)
-    left = DenseFactor(A.to_dense().unsqueeze(0), True)
-    return Kronecker(left, DiagonalFactor(one, True), space=A.domain)
-
-
-def _change(A: Kronecker, is_inverse: bool, eps: float) -> LinearOperator:
-    """What the root of A changes by where each factor changes by its rounding, ε ‖L‖ and ε ‖R‖."""
-    values, moved = A._products() + A.shift, _moved(A.left.eigh().values, eps), 
-    raise NotImplementedError
+def _of_product(root: LinearOperator, X: list[Tensor], Y: list[Tensor]) -> Tensor:
+    """Rounding of the product Y of a root with columns X, in norm ``[K]``."""
+    if isinstance(root, EigenDecomposed):
+        # Each sum of n numbers is off by about √n of its own rounding.
+        return torch.finfo(root._values.dtype).eps * max(root._values.shape) ** 0.5 * _norm(root, X, Y) * _norms(X)
+    # BLAS sums the numbers of a long column in parts, so that its rounding hardly grows.
+    return torch.finfo(root.dtype).eps * min(root.shape[0], 64) ** 0.5 * _norm(root, X, Y) * _norms(X)
 
 
 def _norm(root: LinearOperator, X: list[Tensor], Y: list[Tensor]) -> float:
-    """The spectral norm of a root; where it does not know its eigenvalues, the most that it stretches a column."""
+    """The spectral norm of a root; where it does not know its eigenvalues, a bound of what it did to the columns."""
     if hasattr(root, "eigenvalues"):
-        others = abs(getattr(root, "c", 0.0))
-        return max(float(root.eigenvalues().abs().max()), others)
+        # A matrix of low rank tells those only that differ from c.
+        return max(float(root.eigenvalues().abs().max()), abs(getattr(root, "c", 0.0)))
     before, after = _norms(X), _norms(Y)
     return float(torch.where(before > 0, after / before, 0.0).sum())
 

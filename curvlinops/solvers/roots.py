@@ -12,6 +12,7 @@ from torch import Tensor
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.space import Space
 from curvlinops.solvers.checks import check_self_adjoint
+from curvlinops.solvers.closed_roots import ClosedRoot, has_closed_root
 from curvlinops.solvers.columns import Product, flat_product, prepared, working_dtype
 from curvlinops.solvers.functions import check_positive
 from curvlinops.solvers.info import warn_of_convergence
@@ -34,7 +35,7 @@ class RootInfo:
         num_steps: Lanczos steps ``[K]``, which are products with A.
         error_estimate: Estimated error of the answer, relative to its norm ``[K]``.
         rounding: The part of it that more steps cannot remove: what a change of A by its rounding, ε ‖A‖, does to the
-            answer ``[K]``.
+            answer ``[K]``. It is all there is of a closed form.
         converged: Whether the estimate is at most the tolerance asked for ``[K]``.
     """
 
@@ -68,7 +69,8 @@ def sqrt_matvec(
     There, the steps that it takes grow like those of conjugate gradients as well: add damping.
 
     **Cost**: a product for each column and step. The basis takes (steps + 1) · D numbers a column; columns go in
-    chunks for which this is below 2²⁶ numbers at 100 steps. Operators with a method ``sqrt`` use it.
+    chunks for which this is below 2²⁶ numbers at 100 steps. Operators with a method ``sqrt`` use it instead, without
+    steps, so that the estimate is that of rounding alone; a dense matrix is decomposed in float64, at O(D³).
 
     **Reference**: Ilić, Turner, Simpson (2010), A restarted Lanczos approximation to functions of a symmetric matrix,
     doi:10.1093/imanum/drp003.
@@ -88,7 +90,7 @@ def sqrt_matvec(
 
     Raises:
         TypeError: If A is no operator.
-        ValueError: If A is not self-adjoint, has a negative Ritz value, or an option is out of range.
+        ValueError: If A is not self-adjoint, has a negative eigenvalue or Ritz value, or an option is out of range.
 
     >>> from curvlinops import TensorLinearOperator
     >>> A = TensorLinearOperator(torch.tensor([[5.0, 4.0], [4.0, 5.0]]))
@@ -96,8 +98,6 @@ def sqrt_matvec(
     [2.0, 1.0]
     """
     check_self_adjoint(A, "sqrt_matvec")
-    if hasattr(A, "sqrt"):
-        return _closed_form(A.sqrt(), B, return_info)
     limits = Limits(max_matvecs, max_seconds, progressbar)
     return _Root(A, False, rtol, max_steps, limits).apply(B, return_info)
 
@@ -116,7 +116,7 @@ def inverse_sqrt_matvec(
     r"""The product :math:`A^{-1/2} B` with the inverse square root of a positive definite operator.
 
     With B standard normal, the columns are samples of the normal distribution with covariance :math:`A^{-1}`. The
-    method is that of :func:`sqrt_matvec`, with the bound
+    method is that of :func:`sqrt_matvec`, closed forms included, with the bound
     :math:`\frac{2}{\pi} \int_0^\infty \frac{r_m(t)}{\lambda_{\min} + t^2} \, dt`, where the smallest Ritz value stands
     for the smallest eigenvalue. The number of steps grows with the root of the condition number.
 
@@ -139,7 +139,8 @@ def inverse_sqrt_matvec(
 
     Raises:
         TypeError: If A is no operator.
-        ValueError: If A is not self-adjoint, has a Ritz value that is not positive, or an option is out of range.
+        ValueError: If A is not self-adjoint, has an eigenvalue or Ritz value that is not positive, or an option is out
+            of range.
 
     >>> from curvlinops import TensorLinearOperator
     >>> A = TensorLinearOperator(torch.tensor([[5.0, 4.0], [4.0, 5.0]]))
@@ -147,23 +148,12 @@ def inverse_sqrt_matvec(
     [2.0, -1.0]
     """
     check_self_adjoint(A, "inverse_sqrt_matvec")
-    if hasattr(A, "sqrt") and hasattr(A, "inverse"):
-        return _closed_form(A.inverse().sqrt(), B, return_info)
     limits = Limits(max_matvecs, max_seconds, progressbar)
     return _Root(A, True, rtol, max_steps, limits).apply(B, return_info)
 
 
-def _closed_form(root: LinearOperator, B: Any, return_info: bool) -> Any:
-    X = root @ B
-    if not return_info:
-        return X
-    num_columns = root.domain.read(B)[0][0].shape[-1]
-    zeros = torch.zeros(num_columns, dtype=torch.float64, device=root.device)
-    return X, RootInfo(zeros.long(), zeros, zeros, torch.ones_like(zeros, dtype=torch.bool))
-
-
 class _Root:
-    """One call: checks, chunks of columns, steps until the estimates are small enough."""
+    """One call: checks, then a closed form, or chunks of columns and steps until the estimates are small enough."""
 
     def __init__(
         self, A: LinearOperator, is_inverse: bool, rtol: float | None, max_steps: int | None, limits: Limits
@@ -183,13 +173,17 @@ class _Root:
         with torch.inference_mode(False), torch.no_grad():
             columns, form = A.domain.read(B)
             form.check(A.codomain)
-            flat = Space.merge(columns).to(working_dtype(A.dtype))
-            X, info = self._solve(flat)
-            result = form.write(A.codomain.split(X.to(A.dtype)), A.codomain)
+            X, info = (self._closed if has_closed_root(A, self._is_inverse) else self._solve)(columns)
+            result = form.write(X, A.codomain)
         self._report(info)
         return (result, info) if return_info else result
 
-    def _solve(self, B: Tensor) -> tuple[Tensor, RootInfo]:
+    def _closed(self, columns: list[Tensor]) -> tuple[list[Tensor], RootInfo]:
+        X, rounding = ClosedRoot(self._is_inverse, self._name).apply(self._A, columns)
+        return X, RootInfo(torch.zeros_like(rounding, dtype=torch.long), rounding, rounding, rounding <= self._rtol)
+
+    def _solve(self, columns: list[Tensor]) -> tuple[list[Tensor], RootInfo]:
+        B = Space.merge(columns).to(working_dtype(self._A.dtype))
         together = runs_together(B.shape[0], min(self._max_steps, _EXPECTED_STEPS))
         parts, others = [], []
         with Watch(self._limits, self._A, self._name) as watch:
@@ -200,7 +194,8 @@ class _Root:
                 parts.append(X)
                 others.append((run.lengths, bound + rounding, rounding))
         steps, error, rounding = map(torch.cat, zip(*others, strict=True))
-        return torch.cat(parts).T, RootInfo(steps, error, rounding, error <= self._rtol)
+        X = torch.cat(parts).T.to(self._A.dtype)
+        return self._A.codomain.split(X), RootInfo(steps, error, rounding, error <= self._rtol)
 
     def _run(self, product: Product, B: Tensor, watch: Watch) -> tuple[Lanczos, Tensor]:
         """The runs of some columns, and bounds of the errors relative to the answers."""

@@ -320,12 +320,6 @@ DIAGONAL: dict[str, tuple[str, ...]] = {
     "tied-embeddings": ("token.weight",),
     "windowed-attention": ("bias",),
 }
-#: Likewise, of embeddings that are broadcast along data: their indices have no datum axis.
-EXACT: dict[str, tuple[str, ...]] = dict.fromkeys(
-    ("positions-flat", "positions-row", "transformer-sdpa-ce", "tied-embeddings"), ("position.weight",)
-)
-
-
 def names_of(instance: Instance) -> list[str]:
     """Return a name of each parameter: its key, else what the model calls it, else its number."""
     if isinstance(instance.params, dict):
@@ -358,7 +352,7 @@ def problem_of(name: str) -> Problem:
 def oracle_of(name: str) -> KroneckerOracle:
     """Build the oracle of a problem once, on tensors of its own."""
     instance = problem_of(name).make()
-    return KroneckerOracle(instance, positions_in(DIAGONAL, name, instance), positions_in(EXACT, name, instance))
+    return KroneckerOracle(instance, positions_in(DIAGONAL, name, instance))
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

@@ -237,11 +237,10 @@ class KroneckerOracle:
     Args:
         instance: The risk. Layers are looked for in ``instance.forward`` where that is a module, else in the model.
         diagonal: Positions of parameters that get the exact diagonal, whatever their size and layer.
-        exact: Positions of parameters that get their exact block, although a layer uses them.
     """
 
-    def __init__(self, instance: Instance, diagonal: Sequence[int] = (), exact: Sequence[int] = ()) -> None:
-        self.instance, self.diagonal, self.exact = instance, frozenset(diagonal), frozenset(exact)
+    def __init__(self, instance: Instance, diagonal: Sequence[int] = ()) -> None:
+        self.instance, self.diagonal = instance, frozenset(diagonal)
         self.base: Oracle = instance.oracle()
         self.params = self.base.params
         self.offsets = [0, *torch.tensor([p.numel() for p in self.params]).cumsum(0).tolist()]
@@ -292,7 +291,7 @@ class KroneckerOracle:
         found: dict[int, list[Any]] = {}
         for module in modules.values():
             position = self._position(module.weight)
-            if position is not None and position not in self.diagonal | self.exact:
+            if position is not None and position not in self.diagonal:
                 found.setdefault(position, []).append(module)
         alike = {i: ms for i, ms in found.items() if len({type(m) for m in ms}) == 1}
         return [self._layer(i, ms, separate) for i, ms in alike.items()]

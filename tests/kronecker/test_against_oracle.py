@@ -219,8 +219,8 @@ def test_unsupported_is_refused_by_name(cls: type, name: str, word: str) -> None
 
 @pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
 def test_supported_is_not_refused(cls: type) -> None:
-    K = build(cls, problem_of("kf-norms").make(), fisher_type="empirical", unsupported="error")
-    assert error(K.to_dense(), build(cls, problem_of("kf-norms").make(), fisher_type="empirical").to_dense()) == 0
+    K = build(cls, problem_of("kf-conv1d").make(), fisher_type="empirical", unsupported="error")
+    assert error(K.to_dense(), build(cls, problem_of("kf-conv1d").make(), fisher_type="empirical").to_dense()) == 0
 
 
 class Shifted(nn.Module):

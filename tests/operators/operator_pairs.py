@@ -5,6 +5,7 @@ The matrices are computed by plain tensor arithmetic beside the operators, never
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -14,13 +15,16 @@ from torch import Tensor
 from curvlinops import (
     BlockDiagonal,
     Diagonal,
+    EigenDecomposed,
     IdentityLinearOperator,
+    Kronecker,
     LinearOperator,
     LowRankLinearOperator,
     Space,
     SubmatrixLinearOperator,
     TensorLinearOperator,
 )
+from curvlinops.operators.arrangement import Arrangement
 
 CPU = torch.device("cpu")
 
@@ -74,9 +78,10 @@ def flat_operator(matrix: Tensor, is_self_adjoint: bool = False) -> MatrixOperat
 
 # -- random expressions ------------------------------------------------------------------------------------------------
 
-#: The space of parameters, of size 5, and the flat space of outputs, of size 3.
+#: The space of parameters, of size 5, the flat space of outputs, of size 3, and that of one layer's weight and bias.
 SHAPES = {"w": (2, 2), "b": (1,)}
-SIZES = {"params": 5, "outputs": 3}
+LAYER = {"weight": (2, 2), "bias": (2,)}
+SIZES = {"params": 5, "outputs": 3, "layer": 6}
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,8 @@ class Pair:
 
 
 def _space(name: str) -> Space:
-    return named_space(SHAPES) if name == "params" else Space.flat(SIZES[name], torch.float64, CPU)
+    shapes = {"params": SHAPES, "layer": LAYER}.get(name)
+    return Space.flat(SIZES[name], torch.float64, CPU) if shapes is None else named_space(shapes)
 
 
 def _block_diagonal(seed: int) -> Pair:
@@ -117,20 +123,118 @@ def _low_rank(space: str, seed: int) -> Pair:
     return Pair(LowRankLinearOperator(columns, s, c), matrix, f"low_rank{seed}")
 
 
-def _params_leaf(kind: str, seed: int) -> Pair:
-    entries = noise(5, seed=seed)
-    tensors = [entries[:4].reshape(2, 2), entries[4:]]
+def _named_leaf(name: str, kind: str, seed: int) -> Pair:
+    space, size = _space(name), SIZES[name]
+    entries = noise(size, seed=seed)
+    tensors = [part.reshape(shape) for part, shape in zip(entries.split(space.sizes), space.shapes, strict=True)]
     if kind == "named diagonal":
-        return Pair(Diagonal(dict(zip(SHAPES, tensors, strict=True))), torch.diag(entries), f"diagonal{seed}")
+        named = dict(zip(space.names or (), tensors, strict=True))
+        return Pair(Diagonal(named), torch.diag(entries), f"diagonal{seed}")
     if kind == "list diagonal":
         return Pair(Diagonal(tensors), torch.diag(entries), f"nameless_diagonal{seed}")
     if kind == "identity":
-        identity = IdentityLinearOperator(list(SHAPES.values()), "cpu", torch.float64)
-        return Pair(identity, torch.eye(5, dtype=torch.float64), "identity")
+        identity = IdentityLinearOperator(list(space.shapes), "cpu", torch.float64)
+        return Pair(identity, torch.eye(size, dtype=torch.float64), "identity")
     if kind == "curvature":
-        M = symmetric(5, seed)
-        return Pair(MatrixOperator(M, *[named_space(SHAPES)] * 2, is_self_adjoint=True), M, f"curvature{seed}")
+        M = symmetric(size, seed)
+        return Pair(MatrixOperator(M, space, space, is_self_adjoint=True), M, f"curvature{seed}")
     return _block_diagonal(seed) if kind == "blocks" else _mixed_blocks(seed)
+
+
+# Few tensors, so that sums meet factors and bases that they share.
+
+
+@cache
+def _factor(size: int, is_dense: bool, is_positive: bool, number: int) -> Tensor:
+    N = noise(size, size, seed=number)
+    M = N @ N.T + 0.1 * torch.eye(size, dtype=torch.float64) if is_positive else N + N.T
+    return M if is_dense else M.diagonal().clone()
+
+
+@cache
+def _basis(size: int, number: int) -> Tensor | None:
+    return torch.linalg.qr(noise(size, size, seed=number)).Q.contiguous() if number else None
+
+
+def _dense(factor: Tensor) -> Tensor:
+    return torch.diag(factor) if factor.ndim == 1 else factor
+
+
+@dataclass(frozen=True)
+class _Matrices:
+    """Where a space's vectors have the entries of a matrix, written without the package."""
+
+    places: list[list[int]]
+    arrangement: Arrangement | None
+    space: Space
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.places), len(self.places[0])
+
+    def on_vectors(self, M: Tensor) -> Tensor:
+        order = torch.tensor(self.places).flatten()
+        result = torch.empty_like(M)
+        result[order.unsqueeze(1), order] = M
+        return result
+
+
+def _matrices(name: str, choice: int) -> _Matrices:
+    space = _space(name)
+    if name == "outputs":
+        return _Matrices([[0, 1, 2]] if choice % 2 else [[0], [1], [2]], None, space)
+    if name == "weight":
+        space = named_space({"w": (2, 2)})
+        is_transposed = bool(choice % 2)
+        return _Matrices(
+            [[0, 2], [1, 3]] if is_transposed else [[0, 1], [2, 3]], Arrangement(((2, 2),), 1, is_transposed), space
+        )
+    places = [[0, 2, 4], [1, 3, 5]] if choice % 2 else [[0, 1, 4], [2, 3, 5]]
+    return _Matrices(places, Arrangement(space.shapes, 1, bool(choice % 2)), space)
+
+
+@st.composite
+def _kronecker(draw: st.DrawFn, name: str) -> Pair:
+    """A product of two factors of few, each dense or diagonal, with a shift or without."""
+    matrices = _matrices(name, draw(st.integers(0, 1)))
+    is_positive, shift = draw(st.booleans()), draw(st.sampled_from([0.0, 0.5]))
+    left, right = (_factor(size, draw(st.booleans()), is_positive, draw(st.integers(0, 1))) for size in matrices.shape)
+    options = {} if matrices.arrangement is None else {"arrangement": matrices.arrangement}
+    A = Kronecker(left, right, space=matrices.space, shift=shift, is_positive=is_positive, **options)
+    M = torch.kron(_dense(left), _dense(right)) + shift * torch.eye(A.shape[0], dtype=torch.float64)
+    return Pair(A, matrices.on_vectors(M), f"kronecker({A!r})")
+
+
+@st.composite
+def _eigen_decomposed(draw: st.DrawFn, name: str) -> Pair:
+    """Eigenvalues of any sign or of one, in few bases or none."""
+    matrices = _matrices(name, draw(st.integers(0, 1)))
+    values = noise(*matrices.shape, seed=draw(st.integers(0, 9)))
+    values = values.abs() if draw(st.booleans()) else values
+    bases = [_basis(size, draw(st.integers(0, 2))) for size in matrices.shape]
+    options = {} if matrices.arrangement is None else {"arrangement": matrices.arrangement}
+    A = EigenDecomposed(values, *bases, space=matrices.space, **options)
+    left, right = (
+        torch.eye(size, dtype=torch.float64) if Q is None else Q for Q, size in zip(bases, matrices.shape, strict=True)
+    )
+    Q = torch.kron(left, right)
+    return Pair(A, matrices.on_vectors(Q @ torch.diag(values.flatten()) @ Q.T), f"eigen({A!r})")
+
+
+@st.composite
+def _factored(draw: st.DrawFn, name: str) -> Pair:
+    """A Kronecker product or an eigendecomposed matrix; on the parameters, as the block of the weight."""
+    kind = draw(st.sampled_from([_kronecker, _eigen_decomposed]))
+    if name != "params":
+        return draw(kind(name))
+    weight, bias = draw(kind("weight")), noise(1, seed=draw(st.integers(0, 9)))
+    blocks = [weight.operator, Diagonal({"b": bias})]
+    # Also the wrong way round, which the positions put right.
+    if draw(st.booleans()):
+        A = BlockDiagonal(blocks[::-1], positions=[[1], [0]], space=_space("params"))
+    else:
+        A = BlockDiagonal(blocks)
+    return Pair(A, torch.block_diag(weight.matrix, torch.diag(bias)), f"blocks({weight.text}, diagonal)")
 
 
 def _outputs_leaf(kind: str, seed: int) -> Pair:
@@ -148,15 +252,19 @@ def leaves(draw: st.DrawFn, rows: str, columns: str) -> Pair:
     """One operator between two of the spaces."""
     seed = draw(st.integers(0, 9))
     general = ["dense", "general"]
+    named = ["named diagonal", "list diagonal", "identity", "curvature", "low rank", "factored", "factored"]
     square = {
-        "params": ["named diagonal", "list diagonal", "identity", "curvature", "blocks", "mixed blocks", "low rank"],
-        "outputs": ["flat diagonal", "submatrix", "low rank"],
+        "params": [*named, "blocks", "mixed blocks"],
+        "layer": named,
+        "outputs": ["flat diagonal", "submatrix", "low rank", "factored"],
     }
     kind = draw(st.sampled_from(general + (square[rows] if rows == columns else [])))
     if kind == "low rank":
         return _low_rank(rows, seed)
+    if kind == "factored":
+        return draw(_factored(rows))
     if kind not in general:
-        return (_params_leaf if rows == "params" else _outputs_leaf)(kind, seed)
+        return _outputs_leaf(kind, seed) if rows == "outputs" else _named_leaf(rows, kind, seed)
     is_symmetric = rows == columns and draw(st.booleans())
     M = symmetric(SIZES[rows], seed) if is_symmetric else noise(SIZES[rows], SIZES[columns], seed=seed)
     if kind == "dense":

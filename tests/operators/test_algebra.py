@@ -47,7 +47,34 @@ def check(pair: Pair) -> None:
         assert smallest >= -1e-9 * (1 + M.norm()), f"{text} says that it is positive semi-definite"
 
 
+def check_closed_forms(pair: Pair) -> None:
+    """What a square operator says of itself, as far as it has closed forms, is true of the matrix."""
+    A, M, text = pair.operator, pair.matrix, pair.text
+    truths = {"diagonal": torch.diagonal, "trace": torch.trace, "frobenius_norm": torch.linalg.matrix_norm}
+    for name, truth in truths.items():
+        if hasattr(A, name):
+            assert_close(getattr(A, name)(), truth(M), f"{text}.{name}()")
+    if A.SELF_ADJOINT and torch.linalg.cond(M) < 1e4:
+        B = noise(len(M), 2, seed=52)
+        if hasattr(A, "inverse"):
+            assert_close(A.inverse(damping=0.0) @ B, torch.linalg.solve(M, B), f"{text}.inverse()")
+        if hasattr(A, "_slogdet"):
+            sign, logabsdet = A._slogdet()
+            expected = torch.linalg.slogdet(M)
+            assert sign == expected.sign, f"{text}: sign of the determinant"
+            assert_close(logabsdet, expected.logabsdet, f"{text}: logarithm of the determinant")
+    if A.POSITIVE_SEMIDEFINITE and hasattr(A, "sqrt"):
+        root = A.sqrt().to_dense()
+        assert_close(root @ root, M, f"{text}.sqrt()")
+
+
 @settings(max_examples=120)
+@given(st.sampled_from(SPACES), st.data())
+def test_closed_forms_of_expressions(space: str, data: st.DataObject) -> None:
+    check_closed_forms(data.draw(expressions(space, space, depth=2)))
+
+
+@settings(max_examples=160)
 @given(st.data())
 def test_expressions_equal_dense_arithmetic(data: st.DataObject) -> None:
     rows, columns = data.draw(st.sampled_from(SPACES)), data.draw(st.sampled_from(SPACES))

@@ -1,15 +1,26 @@
 """A^{1/2} B and A^{-1/2} B against dense square roots, and what `info` says of their errors."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from curvlinops import Diagonal, IdentityLinearOperator, LowRankLinearOperator, TensorLinearOperator
+from curvlinops import (
+    BlockDiagonal,
+    Diagonal,
+    EigenDecomposed,
+    IdentityLinearOperator,
+    KFACLinearOperator,
+    Kronecker,
+    LinearOperator,
+    LowRankLinearOperator,
+    TensorLinearOperator,
+)
 from curvlinops.solvers.info import ConvergenceWarning
 from curvlinops.solvers.roots import inverse_sqrt_matvec, sqrt_matvec
 from tests.solvers.spd_problems import CountingOperator, noise, spd_matrix, with_eigenvalues
@@ -69,12 +80,17 @@ def test_estimates_bound_the_error(power: float, spectrum: str, rtol: float) -> 
     assert (info.num_steps < 300).all() and sum(A.num_columns) == info.num_steps.sum()
 
 
+def factor_of(M: Tensor) -> Kronecker:
+    return Kronecker(M, torch.ones(1, dtype=M.dtype))
+
+
 @both
-def test_rounding_of_float32_is_told(power: float) -> None:
+@pytest.mark.parametrize("build", [CountingOperator, factor_of])
+def test_rounding_of_float32_is_told(power: float, build: Callable[[Tensor], LinearOperator]) -> None:
     """Where float32 cannot give what was asked for, the estimate says so, and how much of it is rounding."""
     M, B = spd_matrix(200, 1e5, 1, torch.float32), noise(200, 3, seed=2, dtype=torch.float32)
     with pytest.warns(ConvergenceWarning, match="is rounding"):
-        X, info = ROOTS[power](TensorLinearOperator(M), B, rtol=1e-6, return_info=True)
+        X, info = ROOTS[power](build(M), B, rtol=1e-6, return_info=True)
     error = relative(X, power_of(M, power) @ B.double())
     assert X.dtype == torch.float32 and not info.converged.any()
     assert (error <= info.error_estimate).all() and (info.rounding > 1e-6).all()
@@ -199,11 +215,135 @@ def test_closed_forms(power: float) -> None:
 
 
 @both
-def test_identity_in_one_step(power: float) -> None:
+def test_identity_without_steps(power: float) -> None:
     B = noise(7, 2)
     X, info = ROOTS[power](4.0 * IdentityLinearOperator([(7,)], "cpu", torch.float64), B, return_info=True)
     torch.testing.assert_close(X, B * 4.0**power)
-    assert info.num_steps.tolist() == [1, 1]
+    assert info.num_steps.tolist() == [0, 0] and info.converged.all() and (info.rounding <= 1e-15).all()
+
+
+Paired = tuple[LinearOperator, Tensor]
+
+
+def kronecker(left: Tensor, right: Tensor, shift: float = 0.0) -> Paired:
+    A = Kronecker(left, right, is_positive=True, shift=shift)
+    L, R = (torch.diag(M.double()) if M.ndim == 1 else M.double() for M in (left, right))
+    return A, torch.kron(L, R) + shift * torch.eye(len(L) * len(R))
+
+
+def blocks(*pairs: Paired) -> Paired:
+    return BlockDiagonal([A for A, _ in pairs]), torch.block_diag(*[M for _, M in pairs])
+
+
+def diagonal(*entries: float) -> Paired:
+    return Diagonal(torch.tensor(entries)), torch.diag(torch.tensor(entries).double())
+
+
+def low_rank(U: Tensor, c: float) -> Paired:
+    A = LowRankLinearOperator(TensorLinearOperator(U), c=c)
+    return A, U.double() @ U.double().T + c * torch.eye(len(U))
+
+
+def eigen(values: Tensor) -> Paired:
+    """In a basis that is orthonormal to the bit."""
+    half = torch.tensor([[1.0, 1.0], [1.0, -1.0]])
+    Q = torch.kron(torch.kron(half, half), torch.kron(half, half)) / 4
+    A = EigenDecomposed(values.reshape(16, 4), Q, Q[:4, :4].clone() * 2)
+    both = torch.kron(Q, Q[:4, :4] * 2).double()
+    return A, both * values.double() @ both.T
+
+
+ONE, OTHER = torch.ones(1), spd_matrix(3, 50.0, 9, torch.float32)
+CLOSED: dict[str, Callable[[Tensor], Paired]] = {
+    "dense": lambda M: (TensorLinearOperator(M), M.double()),
+    "factor": lambda M: kronecker(M, ONE),
+    "factor from the right": lambda M: kronecker(ONE, M),
+    "factor and diagonal": lambda M: kronecker(torch.tensor([2.0, 1e-3]), M),
+    "factors": lambda M: kronecker(OTHER, M),
+    "factors and shift": lambda M: kronecker(OTHER, M, shift=1e-3),
+    "blocks": lambda M: blocks(kronecker(1e-6 * M, ONE), diagonal(1e-9, 1.0), kronecker(M, ONE)),
+    "low rank": lambda M: low_rank(M[:, :9].contiguous(), 1e-3),
+    "many columns": lambda M: low_rank(M, 1e-3),
+    "eigenvalues": lambda M: eigen(torch.linalg.eigvalsh(M).repeat(2)[:64]),
+}
+
+
+@both
+@pytest.mark.parametrize("kind", CLOSED)
+@pytest.mark.parametrize("condition", [1.0, 100.0, 1e4, 1e6])
+def test_rounding_of_closed_forms_bounds_the_error(power: float, kind: str, condition: float) -> None:
+    """In float32, also along the eigenvectors at both ends, where it is most."""
+    A, M = CLOSED[kind](spd_matrix(40, condition, 1, torch.float32))
+    vectors = torch.linalg.eigh(M).eigenvectors
+    B = torch.cat([noise(len(M), 3, seed=2), vectors[:, [0, -1]]], 1).float()
+    X, info = ROOTS[power](A, B, rtol=0.9, return_info=True)
+    error = relative(X, power_of(M, power) @ B.double())
+    assert (error <= info.error_estimate).all(), (error, info)
+    assert torch.equal(info.error_estimate, info.rounding) and info.num_steps.abs().max() == 0
+    if condition == 1.0 and kind != "many columns":
+        assert (info.rounding <= 1e-3).all()
+
+
+@pytest.mark.parametrize("kind", ["dense", "blocks", "low rank", "eigenvalues"])
+@both
+def test_closed_forms_of_good_matrices_do_not_warn(power: float, kind: str) -> None:
+    A, M = CLOSED[kind](spd_matrix(40, 20.0, 1, torch.float32))
+    B = noise(len(M), 3, seed=2).float()
+    X, info = ROOTS[power](A, B, return_info=True)
+    assert info.converged.all() and (relative(X, power_of(M, power) @ B.double()) <= 1e-5).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_roots_are_as_good_as_their_dtype(power: float, dtype: torch.dtype) -> None:
+    """Whatever the condition, since they are decomposed in float64."""
+    M, eps = spd_matrix(200, 1e5 if dtype == torch.float32 else 50.0, 1, dtype), torch.finfo(dtype).eps
+    B = noise(200, 3, seed=2, dtype=dtype)
+    X, info = ROOTS[power](TensorLinearOperator(M), B, rtol=2 * eps, return_info=True)
+    error = relative(X, power_of(M, power) @ B.double())
+    assert X.dtype == dtype and info.converged.all() and (error <= info.error_estimate).all()
+
+
+@pytest.mark.parametrize("build", [TensorLinearOperator, factor_of])
+def test_closed_roots_that_do_not_exist_are_refused(build: Callable[[Tensor], LinearOperator]) -> None:
+    values = torch.linspace(0.5, 1, 8)
+    for smallest in (-1e-3, 0.0, 1e-9):
+        values[0] = smallest
+        A, B = build(with_eigenvalues(values.double(), 3).float()), noise(8, 2).float()
+        with pytest.raises(ValueError, match=r"inverse_sqrt_matvec needs a positive definite operator.*Add damping"):
+            inverse_sqrt_matvec(A, B)
+        if smallest < 0:
+            with pytest.raises(ValueError, match=r"sqrt_matvec needs a positive semi-definite operator.*Add damping"):
+                sqrt_matvec(A, B)
+        else:
+            X = sqrt_matvec(A, B, rtol=0.1)
+            assert (relative(X, power_of(with_eigenvalues(values.double(), 3), 0.5) @ B.double()) <= 1e-3).all()
+    with pytest.raises(ValueError, match="needs a positive definite operator"):
+        inverse_sqrt_matvec(Kronecker(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 2.0])), torch.ones(4))
+
+
+def test_factors_may_be_worse_conditioned_together_than_their_dtype() -> None:
+    left, right = torch.tensor([1e-5, 1.0]), torch.tensor([1.0, 1e5])
+    X, info = inverse_sqrt_matvec(Kronecker(left, right, is_positive=True), torch.ones(4), return_info=True)
+    torch.testing.assert_close(X, torch.kron(left, right).rsqrt())
+    assert info.converged.all()
+    shifted = Kronecker(left, right, is_positive=True, shift=1e-2)
+    torch.testing.assert_close(inverse_sqrt_matvec(shifted, torch.ones(4)), (torch.kron(left, right) + 1e-2).rsqrt())
+
+
+@both
+def test_matrices_that_compute_their_blocks(power: float) -> None:
+    """They are computed once, and each block is rounded by its own size."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    with torch.no_grad():
+        for number, p in enumerate(model.parameters()):
+            p.copy_(noise(*p.shape, seed=number))
+    data = [(noise(30, 3, seed=7), noise(30, 2, seed=8))]
+    K = KFACLinearOperator(model, nn.MSELoss(), list(model.parameters()), data, fisher_type="type-2")
+    M, B = K.to_dense(), noise(K.shape[0], 2)
+    X, info = ROOTS[power](K, B, return_info=True)
+    error = relative(X, power_of(M, power) @ B)
+    assert info.num_steps.tolist() == [0, 0] and (error <= info.error_estimate + 1e-12).all() and (error <= 1e-8).all()
 
 
 # -- limits ------------------------------------------------------------------------------------------------------------

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, Unpack
 
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
+from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.gradient_moments import require_terms
 from curvlinops.curvature.kronecker.accumulation import Accumulation, from_tensors, to_tensors
 from curvlinops.curvature.kronecker.closed_forms import ClosedForms
@@ -20,15 +20,6 @@ from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.risk.model import Parameters
 
 
-class KroneckerOptions(TypedDict, total=False):
-    """Keyword-only arguments of KFAC, EKFAC and KFOC."""
-
-    terms: str
-    unsupported: str
-    weight_fn: Callable[[Any, Any], Tensor] | None
-    process_group: ProcessGroup | None
-
-
 class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
     """A block-diagonal approximation whose blocks are Kronecker products where a weight meets inputs.
 
@@ -37,6 +28,8 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
 
     SELF_ADJOINT = True
     POSITIVE_SEMIDEFINITE = True
+    #: Tells the kinds apart in saved states.
+    _KIND: int
 
     def __init__(
         self,
@@ -54,9 +47,10 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         separate_weight_and_bias: bool,
         num_data: int | None,
         batch_size_fn: Callable[[Any], int] | None,
-        **options: Unpack[KroneckerOptions],
+        terms: str,
+        unsupported: str,
+        **options: Unpack[RiskOptions],
     ) -> None:
-        terms, unsupported = options.get("terms", "position"), options.get("unsupported", "diagonal")
         self._fisher_type = _member(FisherType, fisher_type, "fisher_type")
         self._sampling = Sampling(_checked_samples(mc_samples, self._fisher_type), seed)
         self._ORDER_MATTERS = self._fisher_type == FisherType.MC
@@ -73,8 +67,7 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
             check_deterministic,
             num_data,
             batch_size_fn,
-            weight_fn=options.get("weight_fn"),
-            process_group=options.get("process_group"),
+            **options,
         )
         self._terms = terms
         if self._fisher_type != FisherType.FORWARD_ONLY:
@@ -144,7 +137,7 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
 
     def _copied(self) -> Self:
         result = super()._copied()
-        result._state = Accumulation()
+        result._state, result._structure = Accumulation(), None
         result._uncovered = set(self._uncovered)
         return result
 
@@ -156,9 +149,10 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         computed = ", frozen at the parameters it was computed at" if self._state.is_done else ""
         return f", {self._fisher_type}{computed or super()._repr_extra()}"
 
-    def _settings(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, float]:
         """What the matrix depends on, as numbers."""
         return {
+            "kind": self._KIND,
             "fisher_type": list(FisherType).index(self._fisher_type),
             "mc_samples": self._sampling.num_samples,
             "seed": self._sampling.seed if self._fisher_type == FisherType.MC else 0,

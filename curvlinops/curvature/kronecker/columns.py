@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from curvlinops.risk.batches import has_rows, map_tensors
 from curvlinops.risk.empirical_risk import EmpiricalRisk
-from curvlinops.risk.layers.factors import LayerFactors
+from curvlinops.risk.layers.factors import LayerFactors, LayerNotes
+from curvlinops.risk.layers.proofs import permutation_of
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import LossFactor
 from curvlinops.risk.per_datum import factors_of_columns, squares_datum_by_datum
@@ -23,6 +25,7 @@ class BatchColumns:
         y: Targets.
         loss_factor: Makes S of the loss's terms; ``None`` for no columns, only inputs.
         num_positions: Positions that a datum's loss is said to have, ``None`` if nothing is said.
+        averages_inputs: Whether inputs are averaged over the positions of a datum.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class BatchColumns:
         y: Any,
         loss_factor: Callable[[Terms], LossFactor] | None,
         num_positions: int | None,
+        averages_inputs: bool,
     ) -> None:
         self._risk, self._X = risk, X
         self._lin, self._notes = risk.noted(X)
@@ -43,6 +47,16 @@ class BatchColumns:
         self._factor = None if loss_factor is None else loss_factor(terms)
         self.weight = datum_weights(terms)
         self.squared_weight = datum_weights(terms, squared=True)
+        if averages_inputs or self.weight is not None:
+            self._notes.decide_by(lambda: self._permuted_notes(X))
+
+    def _permuted_notes(self, X: Any) -> LayerNotes | None:
+        """The notes of a forward over the data in another order, where they can be put into one."""
+        num_data = len(self._lin.output)
+        if not has_rows(X, num_data):
+            return None
+        order = permutation_of(num_data)
+        return self._risk.noted(map_tensors(lambda t: t[order.to(t.device)], X))[1]
 
     @property
     def biases(self) -> dict[int, int]:

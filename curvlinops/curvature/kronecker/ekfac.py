@@ -7,8 +7,9 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
+from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.kronecker.accumulation import Accumulation
-from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
+from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.decomposition import shared_bases
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
@@ -53,7 +54,9 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         separate_weight_and_bias: Whether a bias has a block of its own.
         num_data: Number of data.
         batch_size_fn: Number of data in X.
-        **options: ``terms``, ``unsupported``, ``weight_fn``, ``process_group``.
+        terms: ``"position"`` or ``"datum"``, for ``"empirical"``.
+        unsupported: ``"diagonal"`` or ``"error"``, for parameters whose use is not known.
+        **options: ``weight_fn``, ``process_group``, ``chunk_size``.
 
     Raises:
         NotImplementedError: If the loss is not one of the three, or a parameter is not supported.
@@ -66,6 +69,8 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
     >>> bool((E.inverse(damping=1e-2) @ torch.ones(26)).isfinite().all())
     True
     """
+
+    _KIND = 1
 
     def __init__(
         self,
@@ -83,7 +88,10 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         separate_weight_and_bias: bool = True,
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
-        **options: Unpack[KroneckerOptions],
+        *,
+        terms: str = "position",
+        unsupported: str = "diagonal",
+        **options: Unpack[RiskOptions],
     ) -> None:
         self._require_gradients(fisher_type)
         super().__init__(
@@ -101,6 +109,8 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
             separate_weight_and_bias,
             num_data,
             batch_size_fn,
+            terms,
+            unsupported,
             **options,
         )
 
@@ -114,27 +124,31 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         return [block.correction(columns, self._state.kept[number])] if isinstance(block, FactoredBlock) else []
 
     def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
-        factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         if state.num_passes == 0:
             super()._finish(state, sums, scaling)
             factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
-            self._rotate([state.kept[i] for i in factored])
+            rotated = self._rotated([state.kept[i] for i in factored])
+            for i, kept in zip(factored, rotated, strict=True):
+                state.kept[i] = kept
             state.is_done = not factored
             return
+        factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         for i, eigenvalues in zip(factored, sums, strict=True):
             state.kept[i]["eigenvalues"] = scaling.times(eigenvalues)
         state.num_passes += 1
         state.is_done = True
 
-    def _rotate(self, kept: Sequence[dict[str, Tensor]]) -> None:
-        """Put eigenbases in the place of the factors; a diagonal one's are the unit vectors."""
-        sides = [(tensors, side) for tensors in kept for side in ("gradient", "input")]
-        matrices = [(tensors, side, tensors.pop(f"{side}_covariance")) for tensors, side in sides]
-        dense = [(tensors, side, matrix) for tensors, side, matrix in matrices if matrix.ndim > 1]
-        in_groups = [matrix if matrix.ndim == 3 else matrix.unsqueeze(0) for _, _, matrix in dense]
+    def _rotated(self, kept: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Eigenbases in the place of the factors; a diagonal one's are the unit vectors."""
+        sides = [(k, side) for k in range(len(kept)) for side in ("gradient", "input")]
+        dense = [(k, side) for k, side in sides if kept[k][f"{side}_covariance"].ndim > 1]
+        matrices = [kept[k][f"{side}_covariance"] for k, side in dense]
+        in_groups = [matrix if matrix.ndim == 3 else matrix.unsqueeze(0) for matrix in matrices]
         bases = shared_bases(in_groups, self._risk.process_group)
-        for (tensors, side, matrix), basis in zip(dense, bases, strict=True):
-            tensors[f"{side}_basis"] = basis.reshape(matrix.shape)
+        found: list[dict[str, Tensor]] = [{} for _ in kept]
+        for (k, side), matrix, basis in zip(dense, matrices, bases, strict=True):
+            found[k][f"{side}_basis"] = basis.reshape(matrix.shape)
+        return found
 
     def _block_operator(self, number: int, block: Block, pool: FactorPool) -> LinearOperator:
         kept = self._state.kept[number]

@@ -14,8 +14,7 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.factors import DiagonalFactor, Factor
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.space import Space
-from curvlinops.risk.layers.dense import LookupPart
-from curvlinops.risk.layers.weights import TableColumns, WeightColumns
+from curvlinops.risk.layers.weights import TableColumns, WeightColumns, table_of
 
 
 class FactoredBlock(Block):
@@ -129,8 +128,8 @@ class EmbeddingBlock(FactoredBlock):
         return cls(positions, shapes, Arrangement(tuple(tuple(shape) for shape in shapes)))
 
     def _table(self, columns: Columns) -> TableColumns:
-        (part,) = columns.factors.parts(self.positions[0])
-        assert isinstance(part, LookupPart)
+        part = table_of(columns.factors.parts(self.positions[0]))
+        assert part is not None
         return TableColumns(part)
 
     def input_sums(self, columns: Columns) -> list[Tensor]:

@@ -7,7 +7,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
+from curvlinops.curvature.base import RiskOptions
+from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.module_factors import FactorsByModule
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.risk.model import Parameters
@@ -55,8 +56,9 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
         separate_weight_and_bias: Whether a bias has a block of its own; otherwise it joins the block of its weight.
         num_data: Number of data.
         batch_size_fn: Number of data in X.
-        **options: ``terms`` (``"position"`` or ``"datum"``, for ``"empirical"``), ``unsupported`` (``"diagonal"`` or
-            ``"error"`` for parameters whose use is not known), ``weight_fn``, ``process_group``.
+        terms: ``"position"`` or ``"datum"``, for ``"empirical"``; see :class:`EFLinearOperator`.
+        unsupported: ``"diagonal"`` or ``"error"``, for parameters whose use is not known.
+        **options: ``weight_fn``, ``process_group``, ``chunk_size``.
 
     Raises:
         NotImplementedError: If the loss is not one of the three, or a parameter is not supported.
@@ -71,6 +73,8 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
     >>> [row.kind for row in K.blocks]
     ['Kronecker', 'exact', 'Kronecker', 'exact']
     """
+
+    _KIND = 0
 
     def __init__(
         self,
@@ -88,7 +92,10 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
         separate_weight_and_bias: bool = True,
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
-        **options: Unpack[KroneckerOptions],
+        *,
+        terms: str = "position",
+        unsupported: str = "diagonal",
+        **options: Unpack[RiskOptions],
     ) -> None:
         super().__init__(
             model_func,
@@ -105,5 +112,7 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
             separate_weight_and_bias,
             num_data,
             batch_size_fn,
+            terms,
+            unsupported,
             **options,
         )

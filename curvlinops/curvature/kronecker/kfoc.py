@@ -8,8 +8,9 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.kronecker.accumulation import Accumulation
-from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator, KroneckerOptions
+from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.blocks import Block, Columns, Scaling
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
@@ -53,9 +54,11 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
         separate_weight_and_bias: Whether a bias has a block of its own.
         num_data: Number of data.
         batch_size_fn: Number of data in X.
+        terms: ``"position"`` or ``"datum"``, for ``"empirical"``.
+        unsupported: ``"diagonal"`` or ``"error"``, for parameters whose use is not known.
         rtol: Relative change of a factor, apart from its scale, at which the iteration ends.
         max_iter: Pairs of passes after KFAC's at most.
-        **options: ``terms``, ``unsupported``, ``weight_fn``, ``process_group``.
+        **options: ``weight_fn``, ``process_group``, ``chunk_size``.
 
     Raises:
         NotImplementedError: If the loss is not one of the three, or a parameter is not supported.
@@ -68,6 +71,8 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
     >>> sorted(K.factors("0.weight"))
     ['gradient_covariance', 'input_covariance']
     """
+
+    _KIND = 2
 
     def __init__(
         self,
@@ -84,9 +89,11 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
         num_data: int | None = None,
         batch_size_fn: Callable[[Any], int] | None = None,
         *,
+        terms: str = "position",
+        unsupported: str = "diagonal",
         rtol: float = 1e-3,
         max_iter: int = 20,
-        **options: Unpack[KroneckerOptions],
+        **options: Unpack[RiskOptions],
     ) -> None:
         if fisher_type == FisherType.FORWARD_ONLY:
             raise NotImplementedError(
@@ -110,6 +117,8 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
             separate_weight_and_bias,
             num_data,
             batch_size_fn,
+            terms,
+            unsupported,
             **options,
         )
         self._rtol, self._max_passes = rtol, 1 + 2 * max_iter
@@ -145,9 +154,9 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
         is_turned = state.num_passes > 2 and max(changes) <= self._rtol
         state.is_done = (is_turned or state.num_passes >= self._max_passes) and not of_inputs
 
-    def _settings(self) -> dict[str, int]:
+    def _settings(self) -> dict[str, float]:
         """What the matrix depends on, as numbers."""
-        return super()._settings() | {"max_passes": self._max_passes}
+        return super()._settings() | {"max_passes": self._max_passes, "rtol": self._rtol}
 
 
 def _improve(kept: dict[str, Tensor], total: Tensor, of_inputs: bool) -> float:

@@ -26,9 +26,7 @@ class ExactBlock(Block):
 
     def gradient_sums(self, columns: Columns) -> list[Tensor]:
         """Σ h hᵀ."""
-        (part,) = columns.factors.parts(self.positions[0])
-        assert isinstance(part, DirectPart)
-        return [moment_of_entries(part, columns.moments)]
+        return [moment_of_entries(columns.factors.parts(self.positions[0]), columns.moments)]
 
     def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The matrix, as a Kronecker product with one factor."""

@@ -13,9 +13,10 @@ from curvlinops.curvature.kronecker.factored_blocks import EmbeddingBlock, Krone
 from curvlinops.curvature.kronecker.other_blocks import DiagonalBlock, ExactBlock, IdentityBlock
 from curvlinops.operators.arrangement import Arrangement
 from curvlinops.risk.layers.convolution import ConvolutionPart
-from curvlinops.risk.layers.dense import DirectPart, LinearPart, LookupPart
+from curvlinops.risk.layers.dense import DirectPart, LinearPart
 from curvlinops.risk.layers.factors import LayerFactors
 from curvlinops.risk.layers.parts import Part
+from curvlinops.risk.layers.weights import table_of
 
 #: Entries of a parameter up to which its block is kept whole, where no input factors it.
 MAX_EXACT_SIZE = 1024
@@ -110,7 +111,7 @@ def _factored(parts: Sequence[Part], positions: list[int], shapes: list[torch.Si
         if len(kinds) == 1:
             arrangement = Arrangement(sizes, groups=first.settings.groups, transposed=first.settings.transposed)
             return KroneckerBlock(positions, shapes, arrangement, options.reduces)
-    if isinstance(first, LookupPart) and len(parts) == 1:
+    if table_of(parts) is not None:
         return EmbeddingBlock(positions, shapes, Arrangement(sizes))
     return None
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.curvature.base import CurvatureLinearOperator
-from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of
+from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of, is_same_fingerprint
 from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.columns import BatchColumns
 from curvlinops.curvature.kronecker.plan import Options, planned
@@ -64,8 +64,14 @@ class StreamedBlocks(CurvatureLinearOperator):
         Raises:
             ValueError: If the parameters changed while a part of the data was summed.
         """
+        if num_batches is not None and (
+            not isinstance(num_batches, int) or isinstance(num_batches, bool) or num_batches < 1
+        ):
+            raise ValueError(
+                f"num_batches: expected a number of mini-batches, at least 1, or None, got {num_batches!r}."
+            )
         with torch.inference_mode(False):
-            while not self._state.is_done:
+            while not self._state.is_done and num_batches != 0:
                 taken = self._go_on(num_batches)
                 if taken is None:
                     break
@@ -94,22 +100,28 @@ class StreamedBlocks(CurvatureLinearOperator):
             return None
         if self._must_begin_anew(found):
             return 0
-        taken, state.current = found.num_batches - begun, None
-        sums, scale = self._risk.finished(self._sums_of_batches, found, step)
-        self._finish(state, sums, Scaling(scale))
+        taken = found.num_batches - begun
+        try:
+            sums, scale = self._risk.finished(self._sums_of_batches, found, step)
+            state.current = None
+            self._finish(state, sums, Scaling(scale))
+        except BaseException:  # sums are scaled in place, so what is half finished is of no use
+            self._state = Accumulation()
+            raise
         return taken
 
     def _current_pass(self) -> Pass:
         state = self._state
         fingerprint = fingerprint_of(self._params)
-        if state.current is None:
-            state.current = Pass.empty([], self._params[0], Use())
-            state.generator_states, state.fingerprint = {}, fingerprint
-        elif not torch.allclose(state.fingerprint, fingerprint, rtol=1e-9, atol=0):
+        if not state.fingerprint.numel():
+            state.fingerprint = fingerprint
+        elif not is_same_fingerprint(state.fingerprint, fingerprint):
             raise ValueError(
-                f"{type(self).__name__}: the parameters have changed since the first {state.current.num_batches} "
-                "mini-batches were summed. Restore them, or build the operator anew."
+                f"{type(self).__name__}: the parameters have changed since a part of the data was summed. Restore "
+                "them, or build the operator anew."
             )
+        if state.current is None:
+            state.current, state.generator_states = Pass.empty([], self._params[0], Use()), {}
         return state.current
 
     def _must_begin_anew(self, found: Pass) -> bool:
@@ -146,7 +158,8 @@ class StreamedBlocks(CurvatureLinearOperator):
         batch, generator = state.current.num_batches, self._sampling.generator(self.device, self._risk.rank)
         state.note_generator(batch, generator)
         loss_factor = self._loss_factor if self._options.has_gradients else None
-        columns = BatchColumns(self._risk, X, y, loss_factor, self._num_positions)
+        averages = self._options.reduces and state.num_passes == 0
+        columns = BatchColumns(self._risk, X, y, loss_factor, self._num_positions, averages)
         sums = _Sums()
         squares: dict[int, Tensor] = {}
         weight = columns.squared_weight if self._fisher_type == FisherType.EMPIRICAL else columns.weight

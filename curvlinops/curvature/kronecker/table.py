@@ -55,7 +55,7 @@ class BlockTable(Sequence[BlockRow]):
                     tuple(str(i) if space.names is None else space.names[i] for i in block.positions),
                     block.shapes,
                     block.kind,
-                    {name: tuple(tensor.shape) for name, tensor in tensors.items()},
+                    _shapes_of(tensors),
                     block.reason,
                 )
                 for block, tensors in zip(blocks, kept, strict=True)
@@ -79,3 +79,10 @@ class BlockTable(Sequence[BlockRow]):
         lines = [["parameters", "shapes", "block", "of", ""], *(row.cells() for row in self._rows)]
         widths = [max(len(line[k]) for line in lines) for k in range(5)]
         return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, gradients before inputs as in B ⊗ A, without an axis for a single group."""
+    in_order = sorted(tensors, key=lambda name: (not name.startswith("gradient"), not name.startswith("input")))
+    shapes = {name: tuple(tensors[name].shape) for name in in_order}
+    return {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in shapes.items()}

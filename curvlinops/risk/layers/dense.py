@@ -125,11 +125,31 @@ class DirectPart(Part):
         h: Per-datum gradients of its entries ``[N, M, P]``.
         index: Which entries of the flattened parameter these are ``[P]``, all different; ``None`` for all in order.
         num_positions: At how many positions of a datum it is used.
+        is_lookup: Whether the entries are rows of a table that all data look up.
     """
 
-    def __init__(self, shape: torch.Size, h: Tensor, index: Tensor | None = None, num_positions: int = 1) -> None:
+    def __init__(
+        self,
+        shape: torch.Size,
+        h: Tensor,
+        index: Tensor | None = None,
+        num_positions: int = 1,
+        is_lookup: bool = False,
+    ) -> None:
         super().__init__(shape, h.shape[0], h.shape[1])
-        self.h, self.index, self.num_positions = h, index, num_positions
+        self.h, self.index, self.num_positions, self.is_lookup = h, index, num_positions, is_lookup
+
+    def as_lookup(self) -> LookupPart | None:
+        """The same columns as those of a table, where the entries are whole rows of one."""
+        if not self.is_lookup or self.index is None or len(self.shape) != 2 or len(self.index) % self.shape[1]:
+            return None
+        width = self.shape[1]
+        entries = self.index.reshape(-1, width)
+        rows = entries[:, 0] // width
+        if not torch.equal(entries, rows.unsqueeze(1) * width + torch.arange(width, device=entries.device)):
+            return None
+        g = self.h.unflatten(2, (len(rows), width))
+        return LookupPart(self.shape, rows.expand(self.num_data, -1), g)
 
     def tensors(self) -> list[Tensor]:
         """The gradients."""
@@ -182,7 +202,8 @@ class DirectPart(Part):
         """Sums of gradients of the same entries."""
         if not isinstance(other, DirectPart) or not _same(self.index, other.index):
             return None
-        return DirectPart(self.shape, self.h + other.h, self.index, self.num_positions + other.num_positions)
+        is_lookup = self.is_lookup and other.is_lookup
+        return DirectPart(self.shape, self.h + other.h, self.index, self.num_positions + other.num_positions, is_lookup)
 
 
 def _same(index: Tensor | None, other: Tensor | None) -> bool:

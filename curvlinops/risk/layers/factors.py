@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
@@ -12,9 +12,16 @@ from torch import Tensor
 from torch.autograd import grad
 
 from curvlinops.risk.layers.dense import DirectPart, LinearPart
-from curvlinops.risk.layers.notes import BroadcastUse, ConvolutionUse, Layout, LinearUse
+from curvlinops.risk.layers.notes import BroadcastUse, ConvolutionUse, LinearUse, Note
 from curvlinops.risk.layers.parts import CHUNK_NUMEL, Part, gram_of_gradients, slices, summed_gradients
-from curvlinops.risk.layers.proofs import CompleteNotes, Proofs, RowMeasurement, complete_notes
+from curvlinops.risk.layers.proofs import (
+    CompleteNotes,
+    Layouts,
+    Proofs,
+    RowMeasurement,
+    complete_notes,
+    layouts_by_inputs,
+)
 from curvlinops.risk.layers.recorder import LayerRecorder
 
 #: How many shapes of mini-batches are remembered.
@@ -57,7 +64,8 @@ class LayerNotes:
         self.complete = complete.positions
         # The same structure and kinds, at the same shapes, have the same layouts.
         self._signature = (complete.structure, tuple(note.signature for note in self._notes))
-        self._layouts: Sequence[Layout | None] | None = proofs.get(self._signature)
+        self._layouts: Sequence[Layouts] | None = proofs.get(self._signature)
+        self._permuted: Callable[[], LayerNotes | None] | None = None
 
     @property
     def is_proved(self) -> bool:
@@ -88,18 +96,37 @@ class LayerNotes:
             self._measure(*_combination(U, gradients))
         parts: dict[int, list[Part]] = {}
         left = set(self.complete)
-        for note, g, layout in zip(self._notes, gradients, self._layouts or (), strict=False):
-            for use in note.uses:
-                part = None
-                if layout is not None and use.position in left:
-                    with torch.no_grad():
-                        part = use.part(g, note.num_leading, layout)
+        for note, g, layouts in zip(self._notes, gradients, self._layouts or (), strict=False):
+            found = _parts_of(note, g, layouts)
+            for use, part in zip(note.uses, found, strict=True):
                 if part is None:
                     left.discard(use.position)
                 else:
                     parts.setdefault(use.position, []).append(part)
         known = {i: _merged(found) for i, found in sorted(parts.items()) if i in left}
         return LayerFactors(known, len(self._prediction), len(U))
+
+    def decide_by(self, permuted: Callable[[], LayerNotes | None]) -> None:
+        """Have rows without a gradient matched to data, too, though they have no part in columns.
+
+        Args:
+            permuted: Gives the notes of a forward over the data in the order of ``permutation_of``, or ``None`` if
+                there is no way to make one.
+        """
+        self._permuted = permuted
+
+    def _decided(self, layouts: Sequence[Layouts]) -> Sequence[Layouts]:
+        """The layouts with those that gradients leave open decided by inputs."""
+        if self._permuted is None or all(len(found) <= 1 for found in layouts):
+            return layouts
+        other = self._permuted()
+        if other is None or [n.signature for n in other._notes] != [n.signature for n in self._notes]:
+            return [found if len(found) == 1 else () for found in layouts]
+        num_data = len(self._prediction)
+        return [
+            found if len(found) == 1 else layouts_by_inputs(note, moved, found, num_data)
+            for note, moved, found in zip(self._notes, other._notes, layouts, strict=True)
+        ]
 
     def biases(self) -> dict[int, int]:
         """The position of the bias of each weight, where the two are used by the same calls, and no others are."""
@@ -116,12 +143,13 @@ class LayerNotes:
         rows = RowMeasurement(self._prediction)
         scaled = self._gradients(rows.scaled(column).unsqueeze(0))
         pairs = zip(self._notes, gradients, scaled, strict=True)
-        found = [rows.layout(note, g[0], h[0]) for note, g, h in pairs]
-        self._layouts = tuple(layout for layout, _ in found)
+        found = [rows.layouts(note, g[0], h[0]) for note, g, h in pairs]
+        self._layouts = tuple(layouts for layouts, _ in found)
         if self._signature[0] is not None and all(certain for _, certain in found):
             if len(self._proofs) >= _MAX_PROOFS:  # of sequences of ever new lengths, say
                 self._proofs.clear()
             self._proofs[self._signature] = self._layouts
+        self._layouts = self._decided(self._layouts)
 
     def _gradients(self, U: Tensor) -> list[Tensor]:
         """The gradients of ⟨u_m, prediction⟩ at the outputs of the noted layers ``[M, *output]``."""
@@ -149,6 +177,17 @@ class LayerNotes:
             U.new_zeros(*lead, *note.output) if g is None else g.detach()
             for g, note in zip(found, self._notes, strict=True)
         ]
+
+
+def _parts_of(note: Note, g: Tensor, layouts: Layouts) -> list[Part | None]:
+    """What each use of a note contributes; by the first layout that suits all, since columns are the same by all."""
+    found: list[Part | None] = [None for _ in note.uses]
+    with torch.no_grad():
+        for layout in layouts:
+            found = [use.part(g, note.num_leading, layout) for use in note.uses]
+            if all(part is not None for part in found):
+                break
+    return found
 
 
 def _combination(U: Tensor, gradients: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:

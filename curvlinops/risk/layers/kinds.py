@@ -86,7 +86,8 @@ def broadcast(
     if axis is not None:
         sizes = [1] * output.ndim
         sizes[axis] = len(source.tensor)
-    return BroadcastUse(source.position, source.shape, tuple(sizes), factor, source.index)
+    is_lookup = source.is_lookup and factor is None
+    return BroadcastUse(source.position, source.shape, tuple(sizes), factor, source.index, is_lookup)
 
 
 def linear(

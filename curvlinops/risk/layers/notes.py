@@ -111,11 +111,13 @@ class BroadcastUse(Use):
         aligned: Its shape with as many axes as the output; the size is 1 where it is broadcast.
         factor: Gives what it is multiplied by in the output's shape, or broadcast to it; ``None`` for an addend.
         index: Gives which of its flattened entries are used, ``None`` for all in order.
+        is_lookup: Whether these are rows of a table that all data look up.
     """
 
     aligned: tuple[int, ...]
     factor: Callable[[], Tensor] | None = None
     index: Callable[[], Tensor] | None = None
+    is_lookup: bool = False
 
     @property
     def signature(self) -> Hashable:
@@ -138,7 +140,7 @@ class BroadcastUse(Use):
             h = torch.stack([column.squeeze(1) for column in columns]).transpose(0, 1)
         if self.index is None:
             return DirectPart(self.shape, h, None, num_positions)
-        return DirectPart(self.shape, *_distinct(h, self.index().flatten()), num_positions)
+        return DirectPart(self.shape, *_distinct(h, self.index().flatten()), num_positions, self.is_lookup)
 
     def _sums(self, product: Tensor, axis: int, split: tuple[int, int, int]) -> Tensor:
         """Sums for each datum and column ``[N, M, P]`` of ``[M, *output]``; a view where there is nothing to sum."""

@@ -14,8 +14,11 @@ from curvlinops.risk.layers.notes import Layout, Note
 from curvlinops.risk.layers.recorder import LayerRecorder, Region
 from curvlinops.risk.losses.base import at_least_float32
 
-#: Layouts of the notes that were measured, by everything that they depend on; ``None`` for a note without one.
-Proofs = dict[Hashable, tuple[Layout | None, ...]]
+#: Layouts that a note can have as far as was measured: one, none, or several where too few rows have a gradient.
+Layouts = tuple[Layout, ...]
+
+#: Layouts of the notes that were measured, by everything that they depend on.
+Proofs = dict[Hashable, tuple[Layouts, ...]]
 
 #: Names of nodes that can move rows from datum to datum, in a way that depends on the data.
 _ROUTING = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Put", "Sort", "Topk", "Segment")
@@ -133,10 +136,11 @@ class RowMeasurement:
         """A column with each datum's entries scaled."""
         return column * self.z.reshape(-1, *(1 for _ in column.shape[1:]))
 
-    def layout(self, note: Note, g: Tensor, scaled: Tensor) -> tuple[Layout | None, bool]:
-        """The layout that explains every row, if there is only one, and whether that is certain for other mini-batches.
+    def layouts(self, note: Note, g: Tensor, scaled: Tensor) -> tuple[Layouts, bool]:
+        """The layouts that explain every row, and whether they are certain to do so in other mini-batches.
 
-        With few gradients that are not zero it is not certain; without any, all layouts are right.
+        Several give each row that has a gradient to the same datum. With few gradients that are not zero it is not
+        certain.
 
         Args:
             note: The note.
@@ -144,26 +148,26 @@ class RowMeasurement:
             scaled: The same for the scaled column.
         """
         if note.num_rows == 0 or note.num_rows % len(self.z):
-            return None, True
+            return (), True
         rows, scaled_rows = self._on_directions(note.num_rows, g, scaled)
         lengths = torch.linalg.vector_norm(rows, dim=1)
         noise = 64 * torch.finfo(g.dtype).eps * lengths.max()
         live = lengths > noise
         num_live = int(live.sum())
-        certain = num_live >= min(note.num_rows, _ENOUGH_ROWS)
         layouts, factors = self._candidates(note.num_rows, rows.dtype)
-        if num_live == 0 and bool(lengths.isfinite().all()):
-            return layouts[0], False  # columns of zeros are right in any layout
+        if num_live == 0:
+            return (tuple(layouts) if bool(lengths.isfinite().all()) else ()), False
+        certain = num_live >= min(note.num_rows, _ENOUGH_ROWS)
         ratios = (scaled_rows * rows).sum(1) / lengths.square()
         # Factors differ by a factor of two at least, so that a wrong one is far away in any precision.
         fits = (((ratios / factors - 1).abs_() <= 0.2) | ~live).all(1).nonzero().flatten().tolist()
         if not fits or not _are_alike([layouts[fit] for fit in fits], live):
-            return None, certain and not fits
+            return (), certain and not fits
         expected = factors[fits[0]].unsqueeze(1)
         errors = torch.linalg.vector_norm(scaled_rows - rows * expected, dim=1)
         allowed = (_tolerance(g) * lengths).masked_fill_(~live, 0.0) + noise
         agrees = bool((errors <= allowed * expected.squeeze(1).abs()).all())
-        return (layouts[fits[0]] if agrees else None), certain and len(fits) == 1
+        return (tuple(layouts[fit] for fit in fits) if agrees else ()), certain and len(fits) == 1
 
     def _on_directions(self, num_rows: int, *gradients: Tensor) -> list[Tensor]:
         width = gradients[0].numel() // num_rows
@@ -199,3 +203,37 @@ def _tolerance(g: Tensor) -> float:
     if g.dtype in (torch.float16, torch.bfloat16):
         return 0.1
     return 1e-6 if g.dtype == torch.float64 else 2e-3
+
+
+# ---------------------------------------------------------------------- by inputs
+
+
+def permutation_of(num_data: int) -> Tensor:
+    """An order of the data in which none is at its place."""
+    return torch.arange(num_data).roll(1)
+
+
+def layouts_by_inputs(note: Note, permuted: Note, layouts: Layouts, num_data: int) -> Layouts:
+    """Those layouts by which the inputs of a note follow the data, which were put in another order.
+
+    It tells what no gradient tells, where the rows differ.
+
+    Args:
+        note: The note.
+        permuted: The same call in a forward over the data in the order of :func:`permutation_of`.
+        layouts: What is possible.
+        num_data: Number of data.
+    """
+    order = permutation_of(num_data)
+    for use, moved in zip(note.uses, permuted.uses, strict=True):
+        a, b = getattr(use, "input", None), getattr(moved, "input", None)
+        if a is None or b is None or a.shape != b.shape:
+            continue
+        size = 1e-3 * float(a.abs().amax()) if a.numel() else 0.0
+        fits = []
+        for t in layouts:
+            rows = a.reshape(t.before, num_data, t.after, -1)[:, order.to(a.device)]
+            if torch.allclose(rows, b.reshape(rows.shape), rtol=1e-3, atol=size):
+                fits.append(t)
+        return tuple(fits[:1])  # rows that fit several are the same in all of them
+    return layouts[:1]  # nothing but sums over all rows is made of it

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from curvlinops.risk.layers.convolution import ConvolutionPart
 from curvlinops.risk.layers.dense import DirectPart, LinearPart, LookupPart
-from curvlinops.risk.layers.parts import SYMMETRIC_ROWS, Part, Rows, inner_products, slices
+from curvlinops.risk.layers.parts import SYMMETRIC_ROWS, Part, Rows, inner_products, slices, summed_gradients
 from curvlinops.risk.layers.patches import PatchMoment
 from curvlinops.risk.losses.base import at_least_float32
 
@@ -119,7 +119,7 @@ class WeightColumns:
 
     def _moment_of_patches(self, part: ConvolutionPart, weight: Tensor | None) -> tuple[Tensor, Tensor]:
         found = PatchMoment(part, None if weight is None else weight.sqrt())
-        moment, positions = found.moment(), part.g.shape[3] * part.g.shape[4:].numel()
+        moment, positions = found.moment(), part.g.shape[2] * part.g.shape[4:].numel()
         number = moment.new_tensor(float(part.num_data)) if weight is None else weight.sum().to(moment)
         count = number * positions
         return (with_border(moment, found.sums(), count) if self._has_bias else moment), count
@@ -280,8 +280,17 @@ class TableColumns:
         return total
 
 
-def moment_of_entries(part: DirectPart, moments: Moments) -> Tensor:
+def table_of(parts: Sequence[Part]) -> LookupPart | None:
+    """The columns of F for the table of an embedding, if that is what these are."""
+    found = [part.as_lookup() if isinstance(part, DirectPart) else part for part in parts]
+    return found[0] if len(found) == 1 and isinstance(found[0], LookupPart) else None
+
+
+def moment_of_entries(parts: Sequence[Part], moments: Moments) -> Tensor:
     """Σ_nm h hᵀ ``[D, D]`` of a parameter that is broadcast along the data."""
+    part = parts[0]
+    if len(parts) > 1 or not isinstance(part, DirectPart):
+        return second_moment(summed_gradients(list(parts), slice(0, part.num_data)).flatten(2).flatten(0, 1).T)
     moment = moments.of(part.h.permute(2, 1, 0).flatten(1))
     if part.index is None:
         return moment
