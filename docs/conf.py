@@ -3,8 +3,10 @@
 import inspect
 import os
 import re
+import sys
 import warnings
 from importlib.metadata import version as installed_version
+from pathlib import Path
 
 from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml
@@ -12,6 +14,7 @@ from sphinx.util import logging
 from sphinx.util.inspect import stringify_signature
 
 os.environ.setdefault("MPLBACKEND", "Agg")
+sys.path.insert(0, str(Path(__file__).parent))  # gallery_order
 
 project = "curvlinops"
 author = "the curvlinops authors"
@@ -49,7 +52,7 @@ sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
     "filename_pattern": r"/plot_",
-    "within_subsection_order": "FileNameSortKey",
+    "within_subsection_order": "gallery_order.number_of",
     "abort_on_example_error": True,
     "download_all_examples": False,
     "show_signature": False,

@@ -265,7 +265,7 @@ def _keywords(cls: type) -> list[str]:
             known += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
             if base is cls and not any(p.kind is p.VAR_KEYWORD for p in parameters):
                 break
-    return known
+    return list(dict.fromkeys(known))
 
 
 def unit_columns(space: Space, chunk: int | None = None) -> Iterator[Tensor]:

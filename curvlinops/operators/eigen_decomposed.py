@@ -183,11 +183,12 @@ class EigenDecomposed(Arranged):
         return self._like(self._values * factor)
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        space = self.domain.join(other.domain, "product")
+        factor: Tensor | float | None
         if isinstance(other, EigenDecomposed):
-            return self._like(self._values * other._values, space) if self._has_bases_of(other) else None
-        multiple = multiple_of_identity(other)
-        return None if multiple is None else self._like(self._values * multiple, space)
+            factor = other._values if self._has_bases_of(other) else None
+        else:
+            factor = multiple_of_identity(other)
+        return None if factor is None else self._like(self._values * factor, self.domain.join(other.domain, "product"))
 
     def _repr_extra(self) -> str:
         groups, rows, columns = self._values.shape

@@ -266,10 +266,9 @@ class Kronecker(Arranged):
         return self._like(self.left.scaled(factor), self.right, self.shift * factor, is_positive)
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        space = self.domain.join(other.domain, "product")
         multiple = multiple_of_identity(other)
         if multiple is not None:
-            is_positive = self._is_positive and multiple >= 0
+            space, is_positive = self.domain.join(other.domain, "product"), self._is_positive and multiple >= 0
             return self._like(self.left.scaled(multiple), self.right, self.shift * multiple, is_positive, space)
         if not isinstance(other, Kronecker) or not self.arrangement.is_like(other.arrangement):
             return None
@@ -277,6 +276,7 @@ class Kronecker(Arranged):
         if self.shift or other.shift or not all(isinstance(factor, DiagonalFactor) for factor in factors):
             return None
         left, right = [DiagonalFactor(one.diagonal() * two.diagonal(), True) for one, two in (factors[:2], factors[2:])]
+        space = self.domain.join(other.domain, "product")
         return self._like(left, right, 0.0, self._is_positive and other._is_positive, space)
 
     def _repr_extra(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import sqrt
 
 import torch
 from torch import Tensor
@@ -68,7 +69,7 @@ class ClosedRoot:
             A = damped if isinstance(damped, BlockDiagonal) else A
         if isinstance(A, BlockDiagonal):
             return self._of_blocks(A, X)
-        root: LinearOperator = (A.inverse() if self.is_inverse else A).sqrt()  # type: ignore[attr-defined]
+        root: LinearOperator = (A.inverse() if self.is_inverse else A).sqrt()  # type: ignore[attr-defined, union-attr]
         Y = root._matmat(X)
         rounding = 0.0 if isinstance(A, Diagonal) else _of_product(root, X, Y)
         return Y, rounding + torch.finfo(A.dtype).eps * _norms(Y)
@@ -111,11 +112,8 @@ class ClosedRoot:
         rounding = torch.finfo(working_dtype(A.dtype)).eps * float(found.values.abs().max())
         values = (found.values + A.c).clamp(min=0.0)
         change = self._root(values + rounding) - self._root(values)
-        moved = A._like(
-            LowRankPart(A.U, found.core(torch.where(found.values == 0, 0.0, change / found.values))),
-            0.0,
-            is_positive=False,
-        )
+        core = found.core(torch.where(found.values == 0, 0.0, change / found.values))
+        moved = A._like(LowRankPart(A.U, core), 0.0, is_positive=False)
         return Y, error + _norms(moved._matmat(X))
 
     def _root(self, values: Tensor) -> Tensor:
@@ -130,10 +128,10 @@ class ClosedRoot:
             )
         if self.is_inverse:
             check_positive(values, 0.0, self.name)
-            # Of a known sign, a product is as definite as its factors, and a sum as its shift.
-            sizes = [A.left.eigh().values.abs(), A.right.eigh().values.abs()]
-            for group in [values.flatten(1)] if A.shift and not A._is_positive else [] if A.shift else sizes:
-                check_positive(group / group.amax(-1, keepdim=True), eps, self.name)
+            # Without a shift, a product is as definite as its factors; a positive one with a shift is by that.
+            checked = [A.left.eigh().values.abs(), A.right.eigh().values.abs()] if not A.shift else []
+            for sizes in [values.flatten(1)] if A.shift and not A._is_positive else checked:
+                check_positive(sizes / sizes.amax(-1, keepdim=True), eps, self.name)
 
 
 def _with_rounding(factor: Factor, values: Tensor) -> Tensor:
@@ -147,16 +145,16 @@ def _of_product(root: LinearOperator, X: list[Tensor], Y: list[Tensor]) -> Tenso
     """Rounding of the product Y of a root with columns X, in norm ``[K]``."""
     if isinstance(root, EigenDecomposed):
         # Each sum of n numbers is off by about √n of its own rounding.
-        return torch.finfo(root._values.dtype).eps * max(root._values.shape) ** 0.5 * _norm(root, X, Y) * _norms(X)
+        return torch.finfo(root._values.dtype).eps * sqrt(max(root._values.shape)) * _norm(root, X, Y) * _norms(X)
     # BLAS sums the numbers of a long column in parts, so that its rounding hardly grows.
-    return torch.finfo(root.dtype).eps * min(root.shape[0], 64) ** 0.5 * _norm(root, X, Y) * _norms(X)
+    return torch.finfo(root.dtype).eps * sqrt(min(root.shape[0], 64)) * _norm(root, X, Y) * _norms(X)
 
 
 def _norm(root: LinearOperator, X: list[Tensor], Y: list[Tensor]) -> float:
     """The spectral norm of a root; where it does not know its eigenvalues, a bound of what it did to the columns."""
     if hasattr(root, "eigenvalues"):
         # A matrix of low rank tells those only that differ from c.
-        return max(float(root.eigenvalues().abs().max()), abs(getattr(root, "c", 0.0)))
+        return max(float(root.eigenvalues().abs().max()), float(getattr(root, "c", 0.0)))
     before, after = _norms(X), _norms(Y)
     return float(torch.where(before > 0, after / before, 0.0).sum())
 

@@ -180,17 +180,14 @@ class _Matrices:
 
 
 def _matrices(name: str, choice: int) -> _Matrices:
-    space = _space(name)
+    """Of the outputs, of the parameters' weight alone, or of a layer's weight and bias; the right way up or not."""
     if name == "outputs":
-        return _Matrices([[0, 1, 2]] if choice % 2 else [[0], [1], [2]], None, space)
+        return _Matrices([[0, 1, 2]] if choice else [[0], [1], [2]], None, _space(name))
     if name == "weight":
-        space = named_space({"w": (2, 2)})
-        is_transposed = bool(choice % 2)
-        return _Matrices(
-            [[0, 2], [1, 3]] if is_transposed else [[0, 1], [2, 3]], Arrangement(((2, 2),), 1, is_transposed), space
-        )
-    places = [[0, 2, 4], [1, 3, 5]] if choice % 2 else [[0, 1, 4], [2, 3, 5]]
-    return _Matrices(places, Arrangement(space.shapes, 1, bool(choice % 2)), space)
+        space, places = named_space({"w": SHAPES["w"]}), [[[0, 1], [2, 3]], [[0, 2], [1, 3]]]
+    else:
+        space, places = _space(name), [[[0, 1, 4], [2, 3, 5]], [[0, 2, 4], [1, 3, 5]]]
+    return _Matrices(places[choice], Arrangement(space.shapes, 1, bool(choice)), space)
 
 
 @st.composite

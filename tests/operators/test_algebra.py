@@ -6,7 +6,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import curvlinops.examples
-from curvlinops import BlockDiagonal, Diagonal, IdentityLinearOperator, LinearOperator, Space, TensorLinearOperator
+from curvlinops import (
+    BlockDiagonal,
+    Diagonal,
+    EigenDecomposed,
+    IdentityLinearOperator,
+    Kronecker,
+    LinearOperator,
+    LowRankLinearOperator,
+    Space,
+    TensorLinearOperator,
+)
 from tests.operators.operator_pairs import (
     CPU,
     SHAPES,
@@ -91,6 +101,27 @@ def test_expressions_take_lists_in_their_own_shapes(pair: Pair, K: int | None) -
     assert isinstance(answer, list)
     assert [tuple(a.shape) for a in answer] == [(*shape, *last) for shape in A.codomain.shapes]
     assert_close(torch.cat([a.reshape(-1, *last) for a in answer]), pair.matrix @ V, pair.text)
+
+
+def test_products_of_closed_forms_with_rectangles_are_chains() -> None:
+    """A closed product asks about the spaces only where both are square."""
+    square = symmetric(5, 1)
+    spaces = named_space(SHAPES), Space.flat(3, torch.float64, CPU)
+    tall = MatrixOperator(noise(5, 3, seed=2), spaces[1], spaces[0])
+    wide = MatrixOperator(noise(3, 5, seed=3), *spaces)
+    number = torch.ones(1, dtype=torch.float64)
+    closed: list[LinearOperator] = [
+        Kronecker(square, number),
+        EigenDecomposed(noise(5, 1), torch.linalg.qr(square).Q.contiguous()),
+        Diagonal(noise(5)),
+        LowRankLinearOperator(TensorLinearOperator(square)),
+        BlockDiagonal([TensorLinearOperator(square[:4, :4]), Diagonal(noise(1))], space=spaces[0]),
+    ]
+    for A in closed:
+        assert_close((A @ tall).to_dense(), A.to_dense() @ tall.matrix, f"{A!r} @ tall")
+        assert_close((wide @ A).to_dense(), wide.matrix @ A.to_dense(), f"wide @ {A!r}")
+        twice = (2 * IdentityLinearOperator(spaces[0])) @ A
+        assert_close(twice.to_dense(), 2 * A.to_dense(), f"2 I @ {A!r}")
 
 
 # -- flags -------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ NAN = float("nan")
 def test_any_mixture_of_sizes(sizes: Sequence[tuple[int, int]], cap: int) -> None:
     matrices = [positive(groups, size, seed) for seed, (groups, size) in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factorisations, "_STACK_NUMEL", cap)
+        patch.setattr(factorisations, "_STACK_NUMEL", {"cpu": cap})
         decomposed, inverted = symmetric_eigen(matrices), inverses_of_positive(matrices)
     assert len(decomposed) == len(inverted) == len(matrices)
     for M, (values, Q), inverse in zip(matrices, decomposed, inverted, strict=True):
@@ -47,7 +47,7 @@ def test_matrices_of_one_size_go_together(monkeypatch: pytest.MonkeyPatch) -> No
     bytes_held = found[0][1].untyped_storage().nbytes()
     assert bytes_held == 9 * 8, "one result does not hold the others"
     shapes.clear()
-    monkeypatch.setattr(factorisations, "_STACK_NUMEL", 18)
+    monkeypatch.setattr(factorisations, "_STACK_NUMEL", {"cpu": 18})
     symmetric_eigen([positive(1, 3, i) for i in range(5)])
     assert shapes == [(2, 3, 3), (2, 3, 3), (1, 3, 3)]
 

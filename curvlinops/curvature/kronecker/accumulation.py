@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from curvlinops.curvature.kronecker.blocks import Block
+from curvlinops.curvature.kronecker.columns import KeptColumns
 from curvlinops.curvature.kronecker.factored_blocks import EmbeddingBlock, KroneckerBlock
 from curvlinops.curvature.kronecker.other_blocks import DiagonalBlock, ExactBlock, IdentityBlock
 from curvlinops.risk.passes import Pass
@@ -33,6 +34,7 @@ class Accumulation:
         current: The sums of the pass that is under way.
         generator_states: The state of the random generator before each of the last mini-batches.
         is_done: Whether nothing is left to compute.
+        columns: Columns that further passes need not compute again; they are not saved.
         fingerprint: Of the parameters at which the computation began.
     """
 
@@ -42,6 +44,7 @@ class Accumulation:
     current: Pass | None = None
     generator_states: dict[int, Tensor] = field(default_factory=dict)
     is_done: bool = False
+    columns: KeptColumns = field(default_factory=KeptColumns)
     fingerprint: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def note_generator(self, batch: int, generator: torch.Generator) -> None:
@@ -50,14 +53,16 @@ class Accumulation:
         self.generator_states.pop(batch - 2, None)
 
 
-def to_tensors(state: Accumulation, settings: Mapping[str, float]) -> dict[str, Tensor]:
+def to_tensors(state: Accumulation, settings: Mapping[str, float], ranks: Mapping[str, float]) -> dict[str, Tensor]:
     """A flat dict of plain tensors, none of which shares memory with another.
 
     Args:
         state: What is saved.
         settings: What the matrix depends on, as numbers.
+        ranks: Whose share of the data is summed, as numbers.
     """
-    numbers = {"version": _VERSION, "num_passes": state.num_passes, "is_done": int(state.is_done), **settings}
+    stage = {"version": _VERSION, "num_passes": state.num_passes, "is_done": int(state.is_done)}
+    numbers = {**stage, **settings, **({} if state.is_done else ranks)}
     saved = {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
     kept = state.kept or [{} for _ in state.blocks or []]
     for number, (block, tensors) in enumerate(zip(state.blocks or [], kept, strict=True)):
@@ -65,6 +70,7 @@ def to_tensors(state: Accumulation, settings: Mapping[str, float]) -> dict[str, 
         saved[f"{head}.positions"] = torch.tensor(block.positions)
         saved[f"{head}.layout"] = torch.tensor(block.layout, dtype=torch.long)
         saved[f"{head}.shapes"] = torch.tensor([size for shape in block.shapes for size in shape], dtype=torch.long)
+        saved[f"{head}.reason"] = torch.tensor(list(block.reason.encode()), dtype=torch.uint8)
         saved |= {f"{head}.{name}": tensor.clone() for name, tensor in tensors.items()}
     if not state.is_done and state.fingerprint.numel():
         saved["fingerprint"] = state.fingerprint.clone()
@@ -82,18 +88,22 @@ def _saved_pass(found: Pass) -> dict[str, Tensor]:
     return saved | {f"pass.sum.{i}": tensor.clone() for i, tensor in enumerate(found.sums)}
 
 
-def from_tensors(saved: Mapping[str, Tensor], settings: Mapping[str, float], params: Sequence[Tensor]) -> Accumulation:
+def from_tensors(
+    saved: Mapping[str, Tensor], settings: Mapping[str, float], ranks: Mapping[str, float], params: Sequence[Tensor]
+) -> Accumulation:
     """Read what :func:`to_tensors` wrote.
 
     Args:
         saved: The tensors.
         settings: What the matrix is to depend on.
+        ranks: Whose share of the data is to be summed, if it is not all.
         params: The parameters, for their shapes and their device.
 
     Raises:
         ValueError: If it was saved under other settings, or does not fit the parameters.
     """
-    expected = {"version": _VERSION, **settings}
+    is_done = bool(saved.get("is_done", torch.zeros(())))
+    expected = {"version": _VERSION, **settings, **({} if is_done else ranks)}
     found = {name: float(saved[name]) if name in saved else None for name in expected}
     wrong = [
         f"{name} {found[name]} where {value} is expected" for name, value in expected.items() if found[name] != value
@@ -108,12 +118,13 @@ def from_tensors(saved: Mapping[str, Tensor], settings: Mapping[str, float], par
     for head in heads:
         tensors = {n.removeprefix(f"{head}."): t for n, t in saved.items() if n.startswith(f"{head}.")}
         positions, layout = tensors.pop("positions").tolist(), tensors.pop("layout").tolist()
-        tensors.pop("shapes")
+        sizes, reason = tensors.pop("shapes").tolist(), bytes(tensors.pop("reason").tolist()).decode()
         if max(positions) >= len(params):
             raise ValueError(f"The state has a parameter number {max(positions)}, but params has {len(params)}.")
         blocks.append(_KINDS[head.split(".")[2]].restored(positions, [params[i].shape for i in positions], layout))
         kept.append({name: tensor.to(device, copy=True) for name, tensor in tensors.items()})
-        _check_fits(blocks[-1], kept[-1], saved[f"{head}.shapes"].tolist(), params)
+        blocks[-1].reason = reason
+        _check_fits(blocks[-1], kept[-1], sizes, params)
     if blocks and sorted(i for block in blocks for i in block.positions) != list(range(len(params))):
         raise ValueError("The state has blocks of other parameters than params.")
     state = Accumulation(blocks or None, kept if any(kept) else [], int(saved["num_passes"]))

@@ -17,6 +17,7 @@ from curvlinops.curvature.kronecker.table import BlockTable
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.curvature.sandwich import Sampling
 from curvlinops.operators.block_diagonal import BlockDiagonal
+from curvlinops.risk.collective import size_of
 from curvlinops.risk.model import Parameters
 
 
@@ -161,13 +162,17 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
             "sums_terms": int(self._fisher_type == FisherType.EMPIRICAL and self._terms == "datum"),
         }
 
+    def _ranks(self) -> dict[str, float]:
+        """Whose share of the data an unfinished state has."""
+        return {"rank": self._risk.rank, "num_ranks": size_of(self._risk.process_group)}
+
     def state_dict(self) -> dict[str, Tensor]:
         """What was computed so far, as a flat dict of plain tensors, as safetensors store them.
 
         Taken after some mini-batches (see :meth:`compute`), it lets another operator of the same model and data go on
         with the next one, with the same result to the bit. Under a process group, each rank saves its own.
         """
-        return to_tensors(self._state, self._settings())
+        return to_tensors(self._state, self._settings(), self._ranks())
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Go on from a saved state. Model, parameters and data are not touched.
@@ -178,7 +183,7 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         Raises:
             ValueError: If it was saved with other arguments, or for other parameters.
         """
-        self._state = from_tensors(state_dict, self._settings(), self._params)
+        self._state = from_tensors(state_dict, self._settings(), self._ranks(), self._params)
         self._structure = None
 
 

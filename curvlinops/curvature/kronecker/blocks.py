@@ -24,12 +24,14 @@ class Columns:
     Attributes:
         factors: The columns in structured form.
         weight: Weight of each datum ``[N]`` in the curvature, ``None`` for one.
+        like: A tensor of the dtype and the device of sums.
         moments: Moments that are known of them.
         squares: Row sums of squares of parameters that layer notes do not cover, by position.
     """
 
     factors: LayerFactors
     weight: Tensor | None
+    like: Tensor
     moments: Moments = field(default_factory=Moments)
     squares: Mapping[int, Tensor] = field(default_factory=dict)
 
@@ -37,8 +39,8 @@ class Columns:
     def total_weight(self) -> Tensor:
         """The sum of the weights of the data."""
         if self.weight is None:
-            return torch.tensor(float(self.factors.num_data), dtype=torch.float64)
-        return self.weight.sum()
+            return self.like.new_tensor(float(self.factors.num_data))
+        return self.weight.to(self.like).sum()
 
 
 class Block(ABC):

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from curvlinops.memory import num_bytes
 from curvlinops.risk.batches import has_rows, map_tensors
 from curvlinops.risk.empirical_risk import EmpiricalRisk
 from curvlinops.risk.layers.factors import LayerFactors, LayerNotes
@@ -91,6 +92,35 @@ class BatchColumns:
             lambda: squares_datum_by_datum(self._risk.model, self._X, self._lin, positions, factor.columns),
         )
         return dict(zip(positions, found, strict=True))
+
+
+class KeptColumns:
+    """The columns of all mini-batches, for further passes over the data; none of them where they take too much.
+
+    Args:
+        max_bytes: Bytes that they may take.
+    """
+
+    def __init__(self, max_bytes: int = 0) -> None:
+        self.max_bytes = max_bytes
+        self._num_bytes = 0
+        self._batches: list[list[LayerFactors]] = []
+
+    def add(self, batch: int, piece: LayerFactors, is_first: bool) -> None:
+        """Keep a piece of a mini-batch, if everything before it is kept, and it fits."""
+        if batch != len(self._batches) - (0 if is_first else 1):
+            self.max_bytes = 0  # the pass did not begin here
+        self._num_bytes += num_bytes(piece.tensors())
+        if self._num_bytes > self.max_bytes:
+            self.max_bytes, self._batches = 0, []
+            return
+        if is_first:
+            self._batches.append([])
+        self._batches[-1].append(piece)
+
+    def of(self, batch: int) -> list[LayerFactors] | None:
+        """The pieces of a mini-batch, if all mini-batches are kept."""
+        return self._batches[batch] if batch < len(self._batches) else None
 
 
 def datum_weights(terms: Terms, squared: bool = False) -> Tensor | None:

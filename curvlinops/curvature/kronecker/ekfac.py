@@ -14,6 +14,7 @@ from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Sc
 from curvlinops.curvature.kronecker.decomposition import shared_bases
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
+from curvlinops.memory import default_budget, num_bytes
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.eigen_decomposed import decomposed
 from curvlinops.risk.model import Parameters
@@ -71,6 +72,7 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
     """
 
     _KIND = 1
+    _keeps_columns = True
 
     def __init__(
         self,
@@ -115,6 +117,11 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         )
 
     @property
+    def _max_kept_bytes(self) -> int:
+        # Beyond the size of a gradient, the second pass costs less than memory does.
+        return min(num_bytes(self._params), default_budget(self.device))
+
+    @property
     def _step(self) -> str:
         return "factors" if self._state.num_passes == 0 else "eigenvalues"
 
@@ -147,7 +154,8 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         bases = shared_bases(in_groups, self._risk.process_group)
         found: list[dict[str, Tensor]] = [{} for _ in kept]
         for (k, side), matrix, basis in zip(dense, matrices, bases, strict=True):
-            found[k][f"{side}_basis"] = basis.reshape(matrix.shape)
+            # In order in memory, as after being saved, so that both give the same bits.
+            found[k][f"{side}_basis"] = basis.reshape(matrix.shape).contiguous()
         return found
 
     def _block_operator(self, number: int, block: Block, pool: FactorPool) -> LinearOperator:

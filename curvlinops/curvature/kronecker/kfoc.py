@@ -73,6 +73,7 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
     """
 
     _KIND = 2
+    _keeps_columns = True
 
     def __init__(
         self,

@@ -15,9 +15,11 @@ from curvlinops.curvature.kronecker.columns import BatchColumns
 from curvlinops.curvature.kronecker.plan import Options, planned
 from curvlinops.curvature.kronecker.types import FisherType
 from curvlinops.curvature.sandwich import Sampling
+from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_diagonal import BlockDiagonal
-from curvlinops.risk.collective import any_of, raise_together
+from curvlinops.risk.batches import copied
+from curvlinops.risk.collective import agreed, any_of, raise_together
 from curvlinops.risk.empirical_risk import BatchSum
 from curvlinops.risk.layers.factors import LayerFactors
 from curvlinops.risk.linearization import Use
@@ -96,10 +98,11 @@ class StreamedBlocks(CurvatureLinearOperator):
             if not found.is_whole:
                 self._state = Accumulation()
             raise
-        if not is_at_end:
-            return None
         if self._must_begin_anew(found):
             return 0
+        # The ranks reduce their sums when the last of them is at the end of its shard.
+        if agreed(not is_at_end, self.device, self._risk.process_group):
+            return None
         taken = found.num_batches - begun
         try:
             sums, scale = self._risk.finished(self._sums_of_batches, found, step)
@@ -127,10 +130,14 @@ class StreamedBlocks(CurvatureLinearOperator):
     def _must_begin_anew(self, found: Pass) -> bool:
         """Whether blocks must be chosen anew, on this rank or another; other errors are raised."""
         group, error = self._risk.process_group, found.error
+        found.error = None
         ours = error.positions if isinstance(error, UncoveredError) else set()
-        flags = torch.tensor([i in ours for i in range(len(self._params))])
+        if group is not None:  # the blocks must be the same on all ranks
+            ours |= {i for b in self._state.blocks or [] if not b.needs_notes and b.reason for i in b.positions}
+        flags = torch.tensor([i in ours and i not in self._uncovered for i in range(len(self._params))])
         everywhere = any_of(flags, self.device, group)
-        raise_together(None if ours or not isinstance(error, Exception) else error, self.device, group)
+        is_ours = isinstance(error, Exception) and not isinstance(error, UncoveredError)
+        raise_together(error if is_ours else None, self.device, group)  # type: ignore[arg-type]
         if not bool(everywhere.any()):
             return False
         self._uncovered |= set(everywhere.nonzero().flatten().tolist())
@@ -155,26 +162,56 @@ class StreamedBlocks(CurvatureLinearOperator):
     def _sums_of_batch(self, X: Any, y: Any) -> list[Tensor]:
         state = self._state
         assert state.current is not None
-        batch, generator = state.current.num_batches, self._sampling.generator(self.device, self._risk.rank)
-        state.note_generator(batch, generator)
-        loss_factor = self._loss_factor if self._options.has_gradients else None
-        averages = self._options.reduces and state.num_passes == 0
-        columns = BatchColumns(self._risk, X, y, loss_factor, self._num_positions, averages)
+        batch = state.current.num_batches
+        kept = state.columns.of(batch) if state.num_passes else None
+        if kept is None:
+            return self._sums_of_new_batch(batch, X, y)
         sums = _Sums()
-        squares: dict[int, Tensor] = {}
+        for factors in kept:
+            self._add(sums, Columns(factors, None, factors.like))
+        return sums.found
+
+    def _sums_of_new_batch(self, batch: int, X: Any, y: Any) -> list[Tensor]:
+        state, generator = self._state, self._sampling.generator(self.device, self._risk.rank)
+        state.note_generator(batch, generator)
+        keeps = self._keeps_columns and state.num_passes == 0
+        columns = BatchColumns(
+            self._risk,
+            copied(X) if keeps else X,  # a loader may fill the same memory anew
+            y,
+            self._loss_factor if self._options.has_gradients else None,
+            self._num_positions,
+            self._options.reduces and state.num_passes == 0,
+        )
+        sums, squares = _Sums(), {}
         weight = columns.squared_weight if self._fisher_type == FisherType.EMPIRICAL else columns.weight
 
         def add(factors: LayerFactors) -> None:
             blocks = self._blocks_for(factors, columns)
             if not sums.is_begun:
                 rest = [i for block in blocks for i in block.positions if i not in factors.positions]
-                squares.update(columns.squares(rest))
-            piece = Columns(factors, weight, squares={} if sums.is_begun else squares)
-            sums.add([self._sums(number, block, piece, not sums.is_begun) for number, block in enumerate(blocks)])
+                squares.update(columns.squares(rest) if state.num_passes == 0 else {})
+            if keeps:
+                state.columns.add(batch, factors, not sums.is_begun)
+            self._add(sums, Columns(factors, weight, factors.like, squares={} if sums.is_begun else squares))
 
+        if keeps and batch == 0:
+            state.columns.max_bytes = self._max_kept_bytes
         columns.for_each(add)
         state.note_generator(batch + 1, generator)
         return sums.found
+
+    def _add(self, sums: _Sums, columns: Columns) -> None:
+        blocks = self._state.blocks or []
+        sums.add([self._sums(number, block, columns, not sums.is_begun) for number, block in enumerate(blocks)])
+
+    #: Whether further passes want the columns of the first.
+    _keeps_columns = False
+
+    @property
+    def _max_kept_bytes(self) -> int:
+        """Bytes of columns that may be kept for further passes."""
+        return default_budget(self.device)
 
     def _loss_factor(self, terms: Terms) -> LossFactor:
         if self._fisher_type == FisherType.TYPE2:

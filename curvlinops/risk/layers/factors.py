@@ -23,6 +23,7 @@ from curvlinops.risk.layers.proofs import (
     layouts_by_inputs,
 )
 from curvlinops.risk.layers.recorder import LayerRecorder
+from curvlinops.risk.losses.base import at_least_float32
 
 #: How many shapes of mini-batches are remembered.
 _MAX_PROOFS = 64
@@ -104,7 +105,8 @@ class LayerNotes:
                 else:
                     parts.setdefault(use.position, []).append(part)
         known = {i: _merged(found) for i, found in sorted(parts.items()) if i in left}
-        return LayerFactors(known, len(self._prediction), len(U))
+        like = at_least_float32(self._values[0].detach().new_empty(0))
+        return LayerFactors(known, len(self._prediction), len(U), like)
 
     def decide_by(self, permuted: Callable[[], LayerNotes | None]) -> None:
         """Have rows without a gradient matched to data, too, though they have no part in columns.
@@ -228,10 +230,14 @@ class LayerFactors:
         positions: Parameters that are covered.
         num_data: N.
         num_columns: M.
+        like: An empty tensor of the dtype and the device of sums.
     """
 
-    def __init__(self, parts: Mapping[int, list[Part]], num_data: int, num_columns: int) -> None:
+    def __init__(
+        self, parts: Mapping[int, list[Part]], num_data: int, num_columns: int, like: Tensor | None = None
+    ) -> None:
         self._parts = dict(parts)
+        self.like = torch.empty(0) if like is None else like
         self.positions = sorted(self._parts)
         self.num_data = num_data
         self.num_columns = num_columns

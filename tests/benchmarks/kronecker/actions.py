@@ -75,9 +75,9 @@ def random_vector(problem: Problem) -> Tensor:
     return torch.randn(problem.num_params, generator=generator)
 
 
-def products(problem: Problem, name: str, fisher_type: str) -> dict[str, Tensor]:
-    """What both packages should agree on, given the kind of matrix."""
-    matrix = operator(problem, name, check_deterministic=False, fisher_type=fisher_type)
+def products(problem: Problem, name: str, options: dict[str, str]) -> dict[str, Tensor]:
+    """What both packages should agree on, given the options of the matrix."""
+    matrix = operator(problem, name, check_deterministic=False, **options)
     vector = random_vector(problem)
     found = {"product": matrix @ vector, "inverse, exact damping": inverse(matrix, True) @ vector}
     if name == "KFAC":

@@ -14,7 +14,13 @@ from tests.benchmarks.kronecker.plan import NETWORKS, PARTS, TITLES
 from tests.benchmarks.kronecker.rounds import ratio, seconds
 from tests.benchmarks.tables import Notes, Results, list_table, literal
 
-SELECTIONS = {"covered": "linear, convolution", "small": "of these, factors up to 2304", "all": "all"}
+SELECTIONS = {
+    "covered": "linear, convolution",
+    "small": "of these, factors up to 2304",
+    "all": "all",
+    "weights": "weights of these",
+    "few": "of the first and the last layer",
+}
 BUSY = 1.6
 """A load average beyond this says that others worked beside the benchmark, which keeps one core busy."""
 
@@ -72,17 +78,8 @@ def _times(part: str) -> Callable[[Results], list[str]]:
                 failed = "–" if error is None else "fails" + notes.mark(literal(error))
                 row += [_number(seconds(entry, label), ".3f", failed), _number(ratio(entry, label, "gradient"))]
             rows.append([*row, _number(ratio(entry, "ours", "peer"))])
-        header = [
-            "network",
-            "parameters",
-            "data",
-            "what",
-            "ours, s",
-            "gradients",
-            "peer, s",
-            "gradients",
-            "ours / peer",
-        ]
+        sides = ["ours, s", "gradients", "peer, s", "gradients", "ours / peer"]
+        header = ["network", "parameters", "data", "what", *sides]
         title = PARTS[part]
         return list_table(f"{title[0].upper()}{title[1:]}", header, rows) + notes.lines()
 
@@ -104,13 +101,13 @@ def _memory(results: Results) -> list[str]:
 
 
 def _agreement(results: Results) -> list[str]:
-    rows = []
+    rows, names = [], ("product", "inverse", "inverse, exact damping")
     for row in results.get("agreement", {}).get("rows", []):
-        cells = [NETWORKS[row["network"]][0], row["operator"], row["fisher_type"]]
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        cells = [NETWORKS[row["network"]][0], SELECTIONS[row["selection"]], row["operator"], options]
         found = row.get("differences", {})
-        names = ("product", "inverse", "inverse, exact damping")
         rows.append(cells + [f"{found[name]:.1e}" if name in found else "–" for name in names])
-    header = ["network", "operator", "kind", "product", "inverse", "inverse, exact damping"]
+    header = ["network", "parameters", "operator", "options of ours", *names]
     return list_table("Relative differences between ours and the peer's", header, rows)
 
 

@@ -31,6 +31,8 @@ def build(network: str, num_data: int, selection: str) -> Problem:
     layers = [module for module in problem.model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if selection == "small":
         layers = [layer for layer in layers if max(len(layer.weight), layer.weight[0].numel()) <= LARGEST_EIGEN_FACTOR]
+    elif selection == "weights":
+        return replace(problem, params=[layer.weight for layer in layers])
     elif selection == "few":  # enough to load all that loads late
         layers = [layers[0], layers[-1]]
     return replace(problem, params=[p for layer in layers for p in layer.parameters()])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from tests.benchmarks.networks import Problem
 
 ROOT = Path(__file__).resolve().parents[3]
+WARM_DATA = 32
+"""Of the same job before: with very few data the peer's decompositions may fail."""
 SHORTEST = 0.1
 """Seconds that one measurement takes at least: what is shorter is run several times."""
 
@@ -59,11 +61,11 @@ class Worker:
         return {name: value / number for name, value in seconds.items()}
 
     def memory(self, network: str, action: str, selection: str, num_data: int) -> dict[str, Any]:
-        """Measure the peak memory of one item, after the same of two layers and one datum has loaded what loads late."""
+        """Measure the peak memory of one item, after the same with two layers has loaded what loads late."""
         from tests.benchmarks import measure
         from tests.benchmarks.kronecker import actions, problems
 
-        small = actions.prepare(problems.build(network, 1, "few"), action, {})
+        small = actions.prepare(problems.build(network, min(num_data, WARM_DATA), "few"), action, {})
         small.run(None)
         del small
         job = actions.prepare(self._problem(network, selection, num_data), action, {})
@@ -71,14 +73,14 @@ class Worker:
         return {"peak_mib": round(measure.peak_memory(job, "cpu"), 1)}
 
     def products(
-        self, network: str, selection: str, num_data: int, name: str, fisher_type: str, path: str
+        self, network: str, selection: str, num_data: int, name: str, options: dict[str, str], path: str
     ) -> dict[str, Any]:
         """Write to a file what both packages should agree on."""
         import torch
 
         from tests.benchmarks.kronecker import actions
 
-        torch.save(actions.products(self._problem(network, selection, num_data), name, fisher_type), path)
+        torch.save(actions.products(self._problem(network, selection, num_data), name, options), path)
         return {}
 
     def _problem(self, network: str, selection: str, num_data: int) -> Problem:
