@@ -121,7 +121,7 @@ class BlockDiagonal(LinearOperator):
     @needs("trace")
     def trace(self) -> Tensor:
         """The trace."""
-        return torch.stack(self._of_blocks("trace")).sum()
+        return torch.stack([trace.double() for trace in self._of_blocks("trace")]).sum().to(self.dtype)
 
     @needs("_slogdet")
     def det(self) -> Tensor:
@@ -142,7 +142,8 @@ class BlockDiagonal(LinearOperator):
     @needs("frobenius_norm")
     def frobenius_norm(self) -> Tensor:
         """The Frobenius norm."""
-        return torch.stack(self._of_blocks("frobenius_norm")).square().sum().sqrt()
+        norms = [norm.double() for norm in self._of_blocks("frobenius_norm")]
+        return torch.stack(norms).square().sum().sqrt().to(self.dtype)
 
     @needs("inverse")
     def inverse(

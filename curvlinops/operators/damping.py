@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+from numbers import Number
 from typing import Any
 
 import torch
@@ -89,8 +90,15 @@ def damped_factors(
 
 def dampings_of_blocks(damping: Any, num_blocks: int) -> list[float]:
     """A damping for each block, from one for all or from one for each."""
-    if not isinstance(damping, Sequence) and not (isinstance(damping, Tensor) and damping.ndim == 1):
-        return [float(damping)] * num_blocks
+    if isinstance(damping, Tensor) and damping.ndim < 2:
+        damping = damping.tolist()
+    if isinstance(damping, Number) and not isinstance(damping, complex):
+        return [float(damping)] * num_blocks  # type: ignore[arg-type]
+    if not isinstance(damping, Sequence) or isinstance(damping, str):
+        raise TypeError(
+            f"damping: expected a number, or a sequence or tensor of {num_blocks} numbers, one for each block, got "
+            f"{type(damping).__name__}."
+        )
     dampings = [float(number) for number in damping]
     if len(dampings) != num_blocks:
         raise ValueError(f"damping: expected a number or {num_blocks} of them, got {len(dampings)}.")

@@ -76,6 +76,18 @@ def inverses_of_positive(matrices: Sequence[Tensor], retry_double_precision: boo
     return [inverse for (inverse,) in _in_stacks(matrices, INVERSE, retry_double_precision)]
 
 
+def choleskys(matrices: Sequence[Tensor], retry_double_precision: bool = True) -> list[Tensor]:
+    """The Cholesky factors of symmetric positive definite matrices; see :func:`inverses_of_positive`.
+
+    Raises:
+        ValueError: If a matrix is not positive definite, or has entries that are not finite.
+
+    >>> choleskys([torch.tensor([[[4.0]]])])[0].item()
+    2.0
+    """
+    return [lower for (lower,) in _in_stacks(matrices, CHOLESKY, retry_double_precision)]
+
+
 # -- stacks ------------------------------------------------------------------------------------------------------------
 
 
@@ -160,14 +172,19 @@ def _eigen_failure(stack: Tensor) -> Exception:
     )
 
 
-def _inverse_of_positive(stack: Tensor) -> tuple[Tensor] | None:
+def _cholesky(stack: Tensor) -> tuple[Tensor] | None:
     lower, failed = torch.linalg.cholesky_ex(stack)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     # Pivots that differ by more than the precision show a matrix that is singular but for rounding.
     is_regular = pivots.amin(-1).square() > 4 * torch.finfo(stack.dtype).eps * pivots.amax(-1).square()
-    if not bool(((failed == 0) & is_regular).all()):
+    return (lower,) if bool(((failed == 0) & is_regular).all()) else None
+
+
+def _inverse_of_positive(stack: Tensor) -> tuple[Tensor] | None:
+    found = _cholesky(stack)
+    if found is None:
         return None
-    inverse = torch.cholesky_inverse(lower)  # symmetric to the bit: one half is the other's mirror image
+    inverse = torch.cholesky_inverse(found[0])  # symmetric to the bit: one half is the other's mirror image
     return (inverse,) if are_finite(inverse) else None
 
 
@@ -187,4 +204,5 @@ def _inverse_failure(stack: Tensor) -> Exception:
 
 
 EIGEN = Decomposition(_eigen, _eigen_failure)
+CHOLESKY = Decomposition(_cholesky, _inverse_failure)
 INVERSE = Decomposition(_inverse_of_positive, _inverse_failure)

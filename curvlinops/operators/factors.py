@@ -102,8 +102,8 @@ class Factor(ABC):
 
     @property
     def is_one(self) -> bool:
-        """Whether it is the number 1 in every group."""
-        return self.size == 1 and bool((self._tensor == 1).all())
+        """Whether it is a diagonal with the single entry 1, so that the other factor stands alone."""
+        return False
 
     def _like(self, tensor: Tensor) -> Factor:
         """A factor of this kind that owns its entries."""
@@ -247,6 +247,11 @@ class DiagonalFactor(Factor):
         if entries.ndim != 2:
             raise ValueError(f"entries: expected [G, n] or [n], got {list(entries.shape)}.")
         super().__init__(entries, is_owned)
+
+    @property
+    def is_one(self) -> bool:
+        """Whether it is the number 1 in every group, so that the other factor stands alone."""
+        return self.size == 1 and bool((self._tensor == 1).all())
 
     def times(self, X: Tensor) -> Tensor:
         """The factor times ``[K, G, n, S]``."""

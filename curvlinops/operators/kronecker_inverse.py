@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from curvlinops.operators.damping import DampedFactors, InverseOptions, checked_damping, damped_factors
 from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.factor_sets import eigendecompositions, inverses
-from curvlinops.operators.factors import Factor
+from curvlinops.operators.factors import DenseFactor, Factor
 from curvlinops.operators.kronecker import Kronecker
+from curvlinops.operators.solved_factor import solved_factors
 
 
 def kronecker_inverses(
@@ -42,7 +43,21 @@ def kronecker_inverses(
     eigendecompositions([factor for block in exact.values() for factor in (block.left, block.right)], retry)
     for i, block in exact.items():
         results[i] = block._exact_inverse(numbers[i])
-    found = inverses([factor for pair in factored.values() for factor in pair], retry)
-    for number, i in enumerate(factored):
-        results[i] = blocks[i]._like(found[2 * number], found[2 * number + 1], 0.0, blocks[i].POSITIVE_SEMIDEFINITE)
+    for i, (left, right) in zip(factored, _inverted(list(factored.values()), retry), strict=True):
+        results[i] = blocks[i]._like(left, right, 0.0, blocks[i].POSITIVE_SEMIDEFINITE)
     return [results[i] for i in range(len(blocks))]
+
+
+def _inverted(pairs: Sequence[tuple[Factor, Factor]], retry: bool) -> list[tuple[Factor, Factor]]:
+    """The inverses of both factors of each pair."""
+    needed = {id(factor) for left, right in pairs if not right.is_one for factor in (left, right)}
+    alone = {id(left): left for left, right in pairs if right.is_one and _is_positive_dense(left)}
+    lone = [factor for key, factor in alone.items() if key not in needed]
+    known = dict(zip(map(id, lone), solved_factors(lone, retry), strict=True))
+    others = [factor for pair in pairs for factor in pair if id(factor) not in known]
+    known.update(zip(map(id, others), inverses(others, retry), strict=True))
+    return [(known[id(left)], known[id(right)]) for left, right in pairs]
+
+
+def _is_positive_dense(factor: Factor) -> bool:
+    return isinstance(factor, DenseFactor) and bool((factor.trace() > 0).all())

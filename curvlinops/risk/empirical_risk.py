@@ -165,7 +165,7 @@ class EmpiricalRisk(Derivatives, Weighing):
         self._pass = found
         try:
             with preserved_random_state(self.data, self.device), differentiable(self.model):
-                batch_sum = begin()
+                batch_sum, batch = begin(), None
                 for batch in self.batches(step):
                     if batch.index < found.num_batches:
                         continue
@@ -175,6 +175,8 @@ class EmpiricalRisk(Derivatives, Weighing):
                         self._add(found, batch, batch_sum)
                     except FloatingPointError as error:
                         raise FloatingPointError(f"{self.name}: mini-batch {batch.index}: {error}") from error
+                if batch is None or batch.index + 1 < found.num_batches:
+                    raise ValueError(f"The data have fewer mini-batches than the {found.num_batches} that were summed.")
         except BaseException as error:
             if self.keeper is not None:
                 self.keeper.drop()

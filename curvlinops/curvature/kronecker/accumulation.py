@@ -100,8 +100,17 @@ def from_tensors(
         params: The parameters, for their shapes and their device.
 
     Raises:
-        ValueError: If it was saved under other settings, or does not fit the parameters.
+        ValueError: If it was saved under other settings, does not fit the parameters, or lacks something.
     """
+    try:
+        return _read(saved, settings, ranks, params)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"The state is not what state_dict() gives, or not all of it: {error!r}.") from error
+
+
+def _read(
+    saved: Mapping[str, Tensor], settings: Mapping[str, float], ranks: Mapping[str, float], params: Sequence[Tensor]
+) -> Accumulation:
     is_done = bool(saved.get("is_done", torch.zeros(())))
     expected = {"version": _VERSION, **settings, **({} if is_done else ranks)}
     found = {name: float(saved[name]) if name in saved else None for name in expected}

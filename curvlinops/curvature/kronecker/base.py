@@ -11,10 +11,10 @@ from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.gradient_moments import require_terms
 from curvlinops.curvature.kronecker.accumulation import Accumulation, from_tensors, to_tensors
 from curvlinops.curvature.kronecker.closed_forms import ClosedForms
-from curvlinops.curvature.kronecker.plan import Options
+from curvlinops.curvature.kronecker.settings import Settings
 from curvlinops.curvature.kronecker.streaming import StreamedBlocks
 from curvlinops.curvature.kronecker.table import BlockTable
-from curvlinops.curvature.kronecker.types import FisherType, KFACType
+from curvlinops.curvature.kronecker.types import FisherType
 from curvlinops.curvature.sandwich import Sampling
 from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.risk.collective import size_of
@@ -40,47 +40,25 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         data: Iterable[Any],
         progressbar: bool,
         check_deterministic: bool,
-        seed: int,
-        fisher_type: FisherType | str,
-        mc_samples: int,
-        kfac_approx: KFACType | str,
-        num_per_example_loss_terms: int | None,
-        separate_weight_and_bias: bool,
         num_data: int | None,
         batch_size_fn: Callable[[Any], int] | None,
-        terms: str,
-        unsupported: str,
+        settings: Settings,
         **options: Unpack[RiskOptions],
     ) -> None:
-        self._fisher_type = _member(FisherType, fisher_type, "fisher_type")
-        self._sampling = Sampling(_checked_samples(mc_samples, self._fisher_type), seed)
+        self._fisher_type = settings.fisher_type
+        self._sampling = Sampling(settings.mc_samples, settings.seed)
         self._ORDER_MATTERS = self._fisher_type == FisherType.MC
-        self._num_positions = num_per_example_loss_terms
+        self._num_positions = settings.num_positions
+        self._options = settings.of_blocks
+        self._terms = settings.terms
         self._state = Accumulation()
         self._uncovered: set[int] = set()
         self._structure: BlockDiagonal | None = None
         super().__init__(
-            model_func,
-            loss_func,
-            params,
-            data,
-            progressbar,
-            check_deterministic,
-            num_data,
-            batch_size_fn,
-            **options,
+            model_func, loss_func, params, data, progressbar, check_deterministic, num_data, batch_size_fn, **options
         )
-        self._terms = terms
         if self._fisher_type != FisherType.FORWARD_ONLY:
-            require_terms(self, terms)
-        if unsupported not in ("diagonal", "error"):
-            raise ValueError(f"unsupported: expected 'diagonal' or 'error', got {unsupported!r}.")
-        self._options = Options(
-            joins_biases=not separate_weight_and_bias,
-            reduces=_member(KFACType, kfac_approx, "kfac_approx") == KFACType.REDUCE,
-            has_gradients=self._fisher_type != FisherType.FORWARD_ONLY,
-            is_strict=unsupported == "error",
-        )
+            require_terms(self, settings.terms)
 
     @property
     def blocks(self) -> BlockTable:
@@ -185,22 +163,3 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         """
         self._state = from_tensors(state_dict, self._settings(), self._ranks(), self._params)
         self._structure = None
-
-
-def _member(kind: Any, value: Any, argument: str) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise ValueError(f"{argument}: expected one of {[str(m) for m in kind]}, got {value!r}.") from None
-
-
-def _checked_samples(mc_samples: int, fisher_type: FisherType) -> int:
-    if fisher_type == FisherType.MC:
-        if mc_samples == 0:
-            raise ValueError("mc_samples: expected at least one sample; fisher_type='type-2' is the exact matrix.")
-        return mc_samples
-    if mc_samples != 1:
-        raise ValueError(
-            f"mc_samples={mc_samples} has no meaning with fisher_type={str(fisher_type)!r}: only with 'mc'."
-        )
-    return 1

@@ -73,7 +73,10 @@ class ClosedForms:
         :math:`(K + \lambda I)^{-1}`; the latter is given by ``use_exact_damping=True`` and by
         ``K.damped(damping).inverse()``.
 
-        **Cost**: a Cholesky decomposition and an inverse of each factor; with exact damping an eigendecomposition.
+        EKFAC's eigenvalues take the damping exactly in any case, so that the heuristic has no meaning there.
+
+        **Cost**: a Cholesky decomposition and an inverse of each factor; with exact damping an eigendecomposition; of
+        EKFAC O(D), apart from its blocks without an input.
 
         Args:
             damping: λ, one number, or one for each block in the order of :attr:`blocks`.

@@ -27,6 +27,7 @@ class BatchColumns:
         loss_factor: Makes S of the loss's terms; ``None`` for no columns, only inputs.
         num_positions: Positions that a datum's loss is said to have, ``None`` if nothing is said.
         averages_inputs: Whether inputs are averaged over the positions of a datum.
+        squares_masses: Whether weights of terms enter squared, as they do in outer products of actual gradients.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class BatchColumns:
         loss_factor: Callable[[Terms], LossFactor] | None,
         num_positions: int | None,
         averages_inputs: bool,
+        squares_masses: bool,
     ) -> None:
         self._risk, self._X = risk, X
         self._lin, self._notes = risk.noted(X)
@@ -46,8 +48,7 @@ class BatchColumns:
                 f"num_per_example_loss_terms={num_positions}, but the loss of a datum has {terms.num_positions} terms."
             )
         self._factor = None if loss_factor is None else loss_factor(terms)
-        self.weight = datum_weights(terms)
-        self.squared_weight = datum_weights(terms, squared=True)
+        self.weight = datum_weights(terms, squares_masses)
         if averages_inputs or self.weight is not None:
             self._notes.decide_by(lambda: self._permuted_notes(X))
 
@@ -58,6 +59,11 @@ class BatchColumns:
             return None
         order = permutation_of(num_data)
         return self._risk.noted(map_tensors(lambda t: t[order.to(t.device)], X))[1]
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the mini-batch has no data."""
+        return len(self._lin.output) == 0
 
     @property
     def biases(self) -> dict[int, int]:
@@ -105,6 +111,8 @@ class KeptColumns:
         self.max_bytes = max_bytes
         self._num_bytes = 0
         self._batches: list[list[LayerFactors]] = []
+        #: The state of the random generator before each mini-batch.
+        self.generator_states: dict[int, Tensor] = {}
 
     def add(self, batch: int, piece: LayerFactors, is_first: bool) -> None:
         """Keep a piece of a mini-batch, if everything before it is kept, and it fits."""
@@ -123,7 +131,7 @@ class KeptColumns:
         return self._batches[batch] if batch < len(self._batches) else None
 
 
-def datum_weights(terms: Terms, squared: bool = False) -> Tensor | None:
+def datum_weights(terms: Terms, squared: bool) -> Tensor | None:
     """The weight of each datum in the curvature ``[N]``, the mean over its entries; ``None`` if all are one."""
     masses = terms.masses()
     if masses is None or bool((masses == 1).all()):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from curvlinops.operators.factorisations import symmetric_eigen
-from curvlinops.risk.collective import rank_of, size_of, summed
+from curvlinops.risk.collective import raise_together, rank_of, size_of, summed
 
 
 def shared_bases(matrices: Sequence[Tensor], process_group: ProcessGroup | None) -> list[Tensor]:
@@ -24,8 +24,14 @@ def shared_bases(matrices: Sequence[Tensor], process_group: ProcessGroup | None)
     owner = owners([len(m) * m.shape[-1] ** 3 for m in matrices], size_of(process_group))
     mine = [i for i, rank in enumerate(owner) if rank == rank_of(process_group)]
     bases = [torch.zeros_like(m) for m in matrices]
-    for i, (_, basis) in zip(mine, symmetric_eigen([matrices[i] for i in mine]), strict=True):
-        bases[i] = basis
+    error = None
+    try:
+        for i, (_, basis) in zip(mine, symmetric_eigen([matrices[i] for i in mine]), strict=True):
+            bases[i] = basis
+    except Exception as found:  # the others wait
+        error = found
+    if matrices:
+        raise_together(error, matrices[0].device, process_group)
     return summed(bases, process_group)
 
 

@@ -13,6 +13,7 @@ from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.decomposition import shared_bases
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
+from curvlinops.curvature.kronecker.settings import Settings
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.memory import default_budget, num_bytes
 from curvlinops.operators.base import LinearOperator
@@ -33,8 +34,10 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
     with the same draws in both passes. No other diagonal in this basis is closer to the matrix that is approximated,
     KFAC's included. Parameters that have no Kronecker product have the same blocks as there.
 
-    **Cost**: twice the passes of :class:`KFACLinearOperator`, an eigendecomposition of each factor, and the rotation
-    of inputs and output gradients or of the columns, whichever is cheaper. A product costs four products of matrices.
+    **Cost**: that of :class:`KFACLinearOperator`, an eigendecomposition of each factor, and the rotation of inputs and
+    output gradients or of the columns, whichever is cheaper. Columns are kept between the two passes if they take no
+    more memory than a gradient; else the second takes a forward and backwards as the first. A product costs four
+    products of matrices. An inverse costs O(D).
 
     **Reference**: George, Laurent, Bouthillier, Ballas, Vincent (2018), Fast approximate natural gradient descent in a
     Kronecker-factored eigenbasis, arXiv:1806.03884.
@@ -96,6 +99,16 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         **options: Unpack[RiskOptions],
     ) -> None:
         self._require_gradients(fisher_type)
+        settings = Settings.checked(
+            fisher_type,
+            mc_samples,
+            seed,
+            kfac_approx,
+            num_per_example_loss_terms,
+            separate_weight_and_bias,
+            terms,
+            unsupported,
+        )
         super().__init__(
             model_func,
             loss_func,
@@ -103,16 +116,9 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
             data,
             progressbar,
             check_deterministic,
-            seed,
-            fisher_type,
-            mc_samples,
-            kfac_approx,
-            num_per_example_loss_terms,
-            separate_weight_and_bias,
             num_data,
             batch_size_fn,
-            terms,
-            unsupported,
+            settings,
             **options,
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from curvlinops.curvature.base import RiskOptions
 from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.module_factors import FactorsByModule
+from curvlinops.curvature.kronecker.settings import Settings
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.risk.model import Parameters
 
@@ -27,15 +28,16 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
     where :math:`\mu_n` is the weight that the loss gives to the datum (masks, class weights, ``weight_fn``) and c the
     scale of the loss. ``"reduce"`` takes :math:`\bar a_n = \frac{1}{T_n} \sum_t a_{nt}` and :math:`\sum_t g_{nmt}`
     instead. All parameters get a block: Kronecker products for linear layers, Hugging Face's ``Conv1D``, convolutions
-    and transposed ones with groups, attention projections, embeddings (:math:`A` is diagonal); the exact block for
+    and transposed ones with groups, projections of self-attention, embeddings (:math:`A` is diagonal); the exact block for
     biases, normalisations and bare parameters of up to 1024 entries, and the exact diagonal beyond and for parameters
     whose use is not known. :attr:`blocks` tells. Without gradients (``"forward-only"``) the block is
     :math:`c \sum_{nt} \mu_n a_{nt} a_{nt}^\top \otimes I`, and the number of positions times c I for parameters without
     an input.
 
     **Cost**: one forward, a backward for each column of a datum (``"mc"``: ``mc_samples``; ``"type-2"``: entries of its
-    prediction), and :math:`S^2 + R^2` multiplications a position for a weight ``[R, S]``. A product costs two products
-    of matrices a weight.
+    prediction), and for a weight ``[R, S]`` :math:`S^2` multiplications a position and :math:`R^2` a position and
+    column, of which half are saved by symmetry. Memory: :math:`S^2 + R^2` numbers a weight, beside what a gradient
+    takes. A product costs two products of matrices a weight.
 
     **Reference**: Martens, Grosse (2015), Optimizing neural networks with Kronecker-factored approximate curvature,
     arXiv:1503.05671; Eschenhagen, Immer, Turner, Schneider, Hennig (2023), Kronecker-factored approximate curvature
@@ -97,6 +99,16 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
         unsupported: str = "diagonal",
         **options: Unpack[RiskOptions],
     ) -> None:
+        settings = Settings.checked(
+            fisher_type,
+            mc_samples,
+            seed,
+            kfac_approx,
+            num_per_example_loss_terms,
+            separate_weight_and_bias,
+            terms,
+            unsupported,
+        )
         super().__init__(
             model_func,
             loss_func,
@@ -104,15 +116,8 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
             data,
             progressbar,
             check_deterministic,
-            seed,
-            fisher_type,
-            mc_samples,
-            kfac_approx,
-            num_per_example_loss_terms,
-            separate_weight_and_bias,
             num_data,
             batch_size_fn,
-            terms,
-            unsupported,
+            settings,
             **options,
         )

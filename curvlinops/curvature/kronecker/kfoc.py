@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Unpack
 
@@ -13,6 +14,7 @@ from curvlinops.curvature.kronecker.accumulation import Accumulation
 from curvlinops.curvature.kronecker.base import KroneckerFactoredLinearOperator
 from curvlinops.curvature.kronecker.blocks import Block, Columns, Scaling
 from curvlinops.curvature.kronecker.factored_blocks import FactoredBlock
+from curvlinops.curvature.kronecker.settings import Settings
 from curvlinops.curvature.kronecker.types import FisherType, KFACType
 from curvlinops.risk.model import Parameters
 
@@ -34,8 +36,10 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
     above KFAC's. A keeps KFAC's trace. For an embedding, A is the best diagonal. Parameters that have no Kronecker
     product have the same blocks as in :class:`KFACLinearOperator`.
 
-    **Cost**: a pass of :class:`KFACLinearOperator`, and further passes of about the same cost, one for each factor in
-    turn, until none turns by more than ``rtol``; afterwards as there.
+    **Cost**: a pass of :class:`KFACLinearOperator`, and a pass for each factor in turn, until it turns by no more than
+    ``rtol``. A pass takes a product of each column ``[R, S]`` with a factor. The columns are kept, in up to a quarter
+    of the device's memory, so that no further forward and backward is needed; where they do not fit, each pass takes
+    these, too. Afterwards as there.
 
     **Reference**: Schnaus, Lee, Triebel (2021), Kronecker-factored optimal curvature, Bayesian Deep Learning workshop
     at NeurIPS; Van Loan, Pitsianis (1993), Approximation with Kronecker products, doi:10.1007/978-94-015-8196-7_17.
@@ -57,7 +61,7 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
         terms: ``"position"`` or ``"datum"``, for ``"empirical"``.
         unsupported: ``"diagonal"`` or ``"error"``, for parameters whose use is not known.
         rtol: Relative change of a factor, apart from its scale, at which the iteration ends.
-        max_iter: Pairs of passes after KFAC's at most.
+        max_iter: How often A turns at most; B turns before and after, each time in a pass over the data.
         **options: ``weight_fn``, ``process_group``, ``chunk_size``.
 
     Raises:
@@ -103,6 +107,16 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
             )
         if not rtol > 0 or max_iter < 1:
             raise ValueError(f"Expected rtol > 0 and max_iter >= 1, got {rtol} and {max_iter}.")
+        settings = Settings.checked(
+            fisher_type,
+            mc_samples,
+            seed,
+            KFACType.EXPAND,
+            None,
+            separate_weight_and_bias,
+            terms,
+            unsupported,
+        )
         super().__init__(
             model_func,
             loss_func,
@@ -110,16 +124,9 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
             data,
             progressbar,
             check_deterministic,
-            seed,
-            fisher_type,
-            mc_samples,
-            KFACType.EXPAND,
-            None,
-            separate_weight_and_bias,
             num_data,
             batch_size_fn,
-            terms,
-            unsupported,
+            settings,
             **options,
         )
         self._rtol, self._max_passes = rtol, 1 + 2 * max_iter
@@ -136,41 +143,70 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
     def _sums(self, number: int, block: Block, columns: Columns, is_first: bool) -> list[Tensor]:
         if self._state.num_passes == 0:
             return super()._sums(number, block, columns, is_first)
-        if not isinstance(block, FactoredBlock):
+        if not isinstance(block, FactoredBlock) or self._is_settled(number):
             return []
         return [block.contraction(columns, self._state.kept[number], self._turns_inputs)]
 
+    def _is_settled(self, number: int) -> bool:
+        """Whether the factors of a block turned no more when its factor of gradients did last."""
+        return bool(self._state.kept[number].get("change", torch.tensor(torch.inf)) <= self._rtol)
+
     def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
+        numbers = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         if state.num_passes == 0:
             super()._finish(state, sums, scaling)
             state.is_done = not any(isinstance(block, FactoredBlock) for block in state.blocks or [])
             return
-        of_inputs = self._turns_inputs
-        blocks = zip(state.blocks or [], state.kept, strict=True)
-        factored = [kept for block, kept in blocks if isinstance(block, FactoredBlock)]
-        pairs = zip(factored, sums, strict=True)
-        changes = [_improve(kept, scaling.times(total), of_inputs) for kept, total in pairs]
+        of_inputs, is_new = self._turns_inputs, state.num_passes == 1
+        still_open = [i for i in numbers if not self._is_settled(i)]
+        for i, total in zip(still_open, sums, strict=True):
+            change = _improve(state.kept[i], scaling.times(total), of_inputs)
+            # Only where A has turned before does it say something that B turns no more.
+            state.kept[i]["change"] = torch.full_like(change, torch.inf) if of_inputs or is_new else change
         state.num_passes += 1
-        # The factor of gradients turns first; it is new when the iteration ends, so that both fit together.
-        is_turned = state.num_passes > 2 and max(changes) <= self._rtol
-        state.is_done = (is_turned or state.num_passes >= self._max_passes) and not of_inputs
+        still_open = [i for i in numbers if not self._is_settled(i)]
+        # The factor of gradients turns last, so that both fit together.
+        state.is_done = not of_inputs and (not still_open or state.num_passes >= self._max_passes)
+        if state.is_done and still_open:
+            self._warn(still_open)
+
+    def _warn(self, still_open: Sequence[int]) -> None:
+        blocks = self._state.blocks or []
+        names = [self.domain.label(blocks[i].positions[0]) for i in still_open]
+        warnings.warn(
+            f"KFOCLinearOperator: after {self._state.num_passes} passes the factors of {', '.join(names[:4])}"
+            f"{', ...' if len(names) > 4 else ''} still turn by more than rtol={self._rtol:g}. They are closer than "
+            "KFAC's, but not the closest: raise max_iter, or rtol.",
+            stacklevel=2,
+        )
+
+    def factors(self, name: str | int) -> dict[str, Tensor]:
+        """Copies of the factors of a parameter; see :meth:`KFACLinearOperator.factors`.
+
+        Args:
+            name: Name of the parameter, or its position in ``params``.
+
+        Raises:
+            KeyError: If there is no such parameter.
+        """
+        return {what: tensor for what, tensor in super().factors(name).items() if what != "change"}
 
     def _settings(self) -> dict[str, float]:
         """What the matrix depends on, as numbers."""
         return super()._settings() | {"max_passes": self._max_passes, "rtol": self._rtol}
 
 
-def _improve(kept: dict[str, Tensor], total: Tensor, of_inputs: bool) -> float:
+def _improve(kept: dict[str, Tensor], total: Tensor, of_inputs: bool) -> Tensor:
     """Put the best factor for the other one in its place; how much it turned."""
     other, name = _SIDES if of_inputs else _SIDES[::-1]
     tiny = torch.finfo(total.dtype).tiny
     old, new = kept[name], total / _squared_norm(kept[other]).clamp_min(tiny)
     num_groups = len(new) if new.ndim == 3 else 1
-    turned = (_normalised(new) - _normalised(old)).norm() / num_groups**0.5
+    turned: Tensor = (_normalised(new) - _normalised(old)).norm() / num_groups**0.5
     if of_inputs:  # A keeps its trace; B, found anew in the next pass, takes the scale
         new = new * (_trace(old) / _trace(new).clamp_min(tiny))
     kept[name] = new
-    return float(turned)
+    return turned
 
 
 def _squared_norm(factor: Tensor) -> Tensor:

@@ -94,6 +94,7 @@ class IdentityBlock(Block):
 
 def diagonal_on(space: Space, entries: Tensor) -> Diagonal:
     """A diagonal that nobody else holds, with non-negative entries."""
-    result = Diagonal([entries.to(space.dtype).clone()])._like([entries.to(space.dtype).clone()], space)
+    own = entries.to(space.dtype)
+    result = Diagonal([own])._like([own.clone() if own is entries else own], space)
     result.POSITIVE_SEMIDEFINITE = True
     return result

@@ -22,7 +22,7 @@ from curvlinops.risk.layers.weights import table_of
 MAX_EXACT_SIZE = 1024
 
 _TIED = "is used in ways of different kinds"
-_UNKNOWN = "is used in a way that is not known"
+_UNKNOWN = "is not used, or in a way that is not known"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from curvlinops.curvature.base import CurvatureLinearOperator
 from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of, is_same_fingerprint
 from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
-from curvlinops.curvature.kronecker.columns import BatchColumns
+from curvlinops.curvature.kronecker.columns import BatchColumns, KeptColumns
 from curvlinops.curvature.kronecker.plan import Options, planned
 from curvlinops.curvature.kronecker.types import FisherType
 from curvlinops.curvature.sandwich import Sampling
@@ -20,6 +20,7 @@ from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.risk.batches import copied
 from curvlinops.risk.collective import agreed, any_of, raise_together
+from curvlinops.risk.columns import Piece
 from curvlinops.risk.empirical_risk import BatchSum
 from curvlinops.risk.layers.factors import LayerFactors
 from curvlinops.risk.linearization import Use
@@ -108,6 +109,8 @@ class StreamedBlocks(CurvatureLinearOperator):
             sums, scale = self._risk.finished(self._sums_of_batches, found, step)
             state.current = None
             self._finish(state, sums, Scaling(scale))
+            if state.is_done:
+                state.columns, state.generator_states = KeptColumns(), {}
         except BaseException:  # sums are scaled in place, so what is half finished is of no use
             self._state = Accumulation()
             raise
@@ -116,7 +119,8 @@ class StreamedBlocks(CurvatureLinearOperator):
     def _current_pass(self) -> Pass:
         state = self._state
         fingerprint = fingerprint_of(self._params)
-        if not state.fingerprint.numel():
+        is_untouched = state.num_passes == 0 and (state.current is None or state.current.num_batches == 0)
+        if is_untouched:
             state.fingerprint = fingerprint
         elif not is_same_fingerprint(state.fingerprint, fingerprint):
             raise ValueError(
@@ -157,7 +161,12 @@ class StreamedBlocks(CurvatureLinearOperator):
         done = state.current.num_batches if state.current is not None else 0
         if done in state.generator_states:
             generator.set_state(state.generator_states[done])
-        return lambda X, y: [(None, self._sums_of_batch(X, y))]
+        return self._pieces_of_batch
+
+    def _pieces_of_batch(self, X: Any, y: Any) -> list[Piece]:
+        """What a mini-batch contributes; nothing if it has no data."""
+        sums = self._sums_of_batch(X, y)
+        return [(None, sums)] if sums else []
 
     def _sums_of_batch(self, X: Any, y: Any) -> list[Tensor]:
         state = self._state
@@ -166,6 +175,8 @@ class StreamedBlocks(CurvatureLinearOperator):
         kept = state.columns.of(batch) if state.num_passes else None
         if kept is None:
             return self._sums_of_new_batch(batch, X, y)
+        # Another operator may go on from here, and draw.
+        state.generator_states = {k: state.columns.generator_states[k] for k in (batch, batch + 1)}
         sums = _Sums()
         for factors in kept:
             self._add(sums, Columns(factors, None, factors.like))
@@ -181,10 +192,12 @@ class StreamedBlocks(CurvatureLinearOperator):
             y,
             self._loss_factor if self._options.has_gradients else None,
             self._num_positions,
-            self._options.reduces and state.num_passes == 0,
+            averages_inputs=self._options.reduces and state.num_passes == 0,
+            squares_masses=self._fisher_type == FisherType.EMPIRICAL,
         )
         sums, squares = _Sums(), {}
-        weight = columns.squared_weight if self._fisher_type == FisherType.EMPIRICAL else columns.weight
+        if columns.is_empty:
+            return []
 
         def add(factors: LayerFactors) -> None:
             blocks = self._blocks_for(factors, columns)
@@ -193,12 +206,14 @@ class StreamedBlocks(CurvatureLinearOperator):
                 squares.update(columns.squares(rest) if state.num_passes == 0 else {})
             if keeps:
                 state.columns.add(batch, factors, not sums.is_begun)
-            self._add(sums, Columns(factors, weight, factors.like, squares={} if sums.is_begun else squares))
+            self._add(sums, Columns(factors, columns.weight, factors.like, squares={} if sums.is_begun else squares))
 
         if keeps and batch == 0:
             state.columns.max_bytes = self._max_kept_bytes
         columns.for_each(add)
         state.note_generator(batch + 1, generator)
+        if keeps:
+            state.columns.generator_states |= state.generator_states
         return sums.found
 
     def _add(self, sums: _Sums, columns: Columns) -> None:
@@ -238,7 +253,8 @@ class StreamedBlocks(CurvatureLinearOperator):
 
     def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
         """Called with the sums of the pass that is done, which are not scaled yet."""
-        assert state.blocks is not None
+        if state.blocks is None:
+            raise ValueError("The data are empty: no mini-batch has a datum.")
         remaining = iter(sums)
         for block in state.blocks:
             names = block.of_inputs + (block.of_gradients if self._options.has_gradients else ())

@@ -83,6 +83,7 @@ class BlockTable(Sequence[BlockRow]):
 
 def _shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, gradients before inputs as in B ⊗ A, without an axis for a single group."""
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor.ndim}
     in_order = sorted(tensors, key=lambda name: (not name.startswith("gradient"), not name.startswith("input")))
     shapes = {name: tuple(tensors[name].shape) for name in in_order}
     return {name: shape[1:] if len(shape) == 3 and shape[0] == 1 else shape for name, shape in shapes.items()}

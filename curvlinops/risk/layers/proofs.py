@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import BackwardCFunction
 
 from curvlinops.risk.graph import nodes_of
 from curvlinops.risk.layers.notes import Layout, Note
@@ -23,6 +24,11 @@ Proofs = dict[Hashable, tuple[Layouts, ...]]
 #: Names of nodes that can move rows from datum to datum, in a way that depends on the data.
 _ROUTING = ("Index", "Gather", "Scatter", "MaskedSelect", "MaskedScatter", "Take", "Put", "Sort", "Topk", "Segment")
 
+#: Attributes of nodes that are axes, or numbers of places to move by.
+_AXES = tuple(f"_saved_{name}" for name in ("dim", "dims", "dim0", "dim1", "keepdim", "shifts", "split_size", "start"))
+#: Those that each kind of node has.
+_NAMES_OF_AXES: dict[type, tuple[str, ...]] = {}
+
 #: Directions on which rows are compared.
 _NUM_DIRECTIONS = 4
 
@@ -37,8 +43,8 @@ class CompleteNotes:
     Attributes:
         notes: The notes.
         positions: Parameters that these notes say all about.
-        structure: Names and shapes of all nodes of the prediction's graph; ``None`` where it moves rows by indices,
-            which can differ in the next mini-batch.
+        structure: Names, shapes and axes of all nodes of the prediction's graph; ``None`` where it moves rows by
+            indices, or in a user's function, which can differ in the next mini-batch.
     """
 
     notes: list[Note]
@@ -70,7 +76,7 @@ def complete_notes(recorder: LayerRecorder, prediction: Tensor) -> CompleteNotes
     )
     for node in nodes_of(prediction):
         reached.add(node)
-        structure.append((node.name(), tuple(tuple(m.shape) for m in node._input_metadata)))
+        structure.append((node.name(), tuple(tuple(m.shape) for m in node._input_metadata), _axes_of(node)))
         reader = owners.get(node)
         for parent, _ in node.next_functions:
             if parent is not None:
@@ -83,8 +89,19 @@ def complete_notes(recorder: LayerRecorder, prediction: Tensor) -> CompleteNotes
         for use in note.uses
     }
     used = {use.position for note in notes for use in note.uses}
-    routed = any(name.startswith(_ROUTING) for name, _ in structure)
+    routed = any(name.startswith(_ROUTING) for name, _, _ in structure) or any(
+        isinstance(node, BackwardCFunction) for node in reached
+    )
     return CompleteNotes(notes, used - doubtful - lost, None if routed else tuple(structure))
+
+
+def _axes_of(node: Any) -> tuple[Any, ...]:
+    """The axes and sizes that a node works along, which neither its name nor its shapes tell."""
+    kind = type(node)
+    if kind not in _NAMES_OF_AXES:
+        _NAMES_OF_AXES[kind] = tuple(name for name in _AXES if hasattr(kind, name))
+    values = (getattr(node, name) for name in _NAMES_OF_AXES[kind])
+    return tuple(tuple(value) if isinstance(value, (list, tuple)) else value for value in values)
 
 
 def _unknown_use(parent: Any, reader: Region | None, owners: dict[Any, Region], positions: dict[int, int]) -> set[int]:

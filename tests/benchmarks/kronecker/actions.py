@@ -44,7 +44,7 @@ def prepare(problem: Problem, action: str, computed: dict[str, Any]) -> Job:
         return Job(lambda _: matrix @ vector)
     is_exact = action.endswith("_exact") or name == "EKFAC"
     if "invert" in action:
-        return Job(lambda _: inverse(matrix, is_exact) @ vector)
+        return Job(lambda _: inverse(matrix, is_exact) @ vector, lambda: forget_decompositions(matrix))
     found = inverse(matrix, is_exact)
     _ = found @ vector
     return Job(lambda _: found @ vector)
@@ -67,6 +67,12 @@ def inverse(matrix: Any, is_exact: bool) -> Any:
     """The inverse with a damping on each factor, or on the matrix."""
     options = {"damping": DAMPING, "use_exact_damping": is_exact}
     return matrix.inverse(**options) if IS_OURS else curvlinops.KFACInverseLinearOperator(matrix, **options)
+
+
+def forget_decompositions(matrix: Any) -> None:
+    """Leave nothing of an earlier inverse: ours keeps decompositions with the computed matrix, the peer does not."""
+    if IS_OURS:
+        matrix.load_state_dict(matrix.state_dict())
 
 
 def random_vector(problem: Problem) -> Tensor:
