@@ -21,6 +21,7 @@ from curvlinops.estimators.hutchinson import hutchinson_diag, hutchinson_squared
 from curvlinops.estimators.hutchpp import hutchpp_trace
 from curvlinops.estimators.leave_one_out import xdiag, xnystrace, xtrace
 from curvlinops.estimators.spectrum import lanczos_approximate_log_spectrum, lanczos_approximate_spectrum
+from curvlinops.operators.arrangement import Arrangement
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_diagonal import BlockDiagonal
 from curvlinops.operators.dense import TensorLinearOperator
@@ -45,6 +46,7 @@ from curvlinops.solvers.roots import RootInfo, inverse_sqrt_matvec, sqrt_matvec
 from curvlinops.solvers.singular import SingularTriplets, svds
 
 __all__ = [
+    "Arrangement",
     "BlockDiagonal",
     "CGInverseLinearOperator",
     "ConvergenceWarning",

@@ -15,6 +15,7 @@ from curvlinops.operators.block_positions import checked_positions, joined_space
 from curvlinops.operators.closed_forms import NoClosedForm, needs
 from curvlinops.operators.damping import InverseOptions, dampings_of_blocks
 from curvlinops.operators.eigen_decomposed import EigenDecomposed
+from curvlinops.operators.factor_sets import eigendecompositions
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.kronecker_inverse import kronecker_inverses
 from curvlinops.operators.sampling import checked_generator
@@ -136,6 +137,7 @@ class BlockDiagonal(LinearOperator):
 
     @needs("_slogdet")
     def _slogdet(self) -> tuple[Tensor, Tensor]:
+        self._decompose([b for b in self.blocks if isinstance(b, Kronecker) and b.shift])
         signs, logs = zip(*self._of_blocks("_slogdet"), strict=True)
         return torch.stack(signs).prod(), torch.stack(logs).sum()
 
@@ -178,7 +180,13 @@ class BlockDiagonal(LinearOperator):
     @needs("sqrt")
     def sqrt(self) -> BlockDiagonal:
         """The symmetric positive semi-definite square root, block by block."""
+        self._decompose([b for b in self.blocks if isinstance(b, Kronecker)])
         return self._rebuilt(self._of_blocks("sqrt"))
+
+    @staticmethod
+    def _decompose(blocks: Sequence[Kronecker]) -> None:
+        """Decompose the factors of several blocks at once, those of one size together; the factors remember."""
+        eigendecompositions([factor for block in blocks for factor in (block.left, block.right)])
 
     @needs("sample")
     def sample(self, num_samples: int, *, seed: int = 2147483647, generator: Generator | None = None) -> Tensor:
@@ -198,6 +206,7 @@ class BlockDiagonal(LinearOperator):
         """
         # One generator for all: blocks that began from one seed would depend on each other.
         generator = checked_generator(self.device, num_samples, seed, generator)
+        self._decompose([b for b in self.blocks if isinstance(b, Kronecker)])
         return self._flat([block.sample(num_samples, generator=generator) for block in self.blocks])  # type: ignore[attr-defined]
 
     def block(self, *patterns: str) -> LinearOperator:

@@ -169,7 +169,7 @@ class Kronecker(Arranged):
         (R + \max(\sqrt{\lambda} / \pi, \lambda_{\min}) I)^{-1}`, where π² is the ratio of the mean eigenvalues of L and
         R, for each group (Martens, Grosse, 2015, section 6.3). With exact damping it is
         :math:`(L \otimes R + (c + \lambda) I)^{-1}`, by eigendecomposition; so it is, without being asked for, where
-        the matrix has a shift c, or where R is the number 1.
+        the matrix has a shift c, or where R is a diagonal with the single entry 1.
 
         Args:
             damping: λ.

@@ -240,7 +240,7 @@ class EmpiricalRisk(Derivatives, Weighing):
 
     def _checked_denominator(self, found: Pass) -> float | None:
         """By what the sums of all data are divided, ``None`` for nothing."""
-        if not self._is_mean:
+        if not self.is_mean:
             return None
         denominator = found.denominator.item()
         if denominator == 0:

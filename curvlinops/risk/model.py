@@ -67,6 +67,12 @@ class FunctionalModel:
         return prediction_of(functional_call(self._inner, self._replacements(values), args, kwargs, tie_weights=False))
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """Buffers of floating point numbers that the prediction may depend on, as far as the model shows them."""
+        modules = [self._inner] if self.is_module else self.hidden_modules
+        return [b for module in modules for b in module.buffers() if b.is_floating_point()]
+
+    @property
     def proofs(self) -> dict[Hashable, Any]:
         """What was measured of the layers, shared by all who study the same parameters of the same module."""
         if self._module_names is None:

@@ -44,14 +44,18 @@ def squares_from_notes(notes: LayerNotes, columns: Columns) -> dict[int, Tensor]
     return squares
 
 
-def factors_of_columns(notes: LayerNotes, columns: Columns) -> Iterator[LayerFactors]:
+def factors_of_columns(
+    notes: LayerNotes, columns: Columns, columns_at_once: int | None = None
+) -> Iterator[LayerFactors]:
     """The columns of F for the parameters of noted layers, as many at a time as memory allows.
 
     Args:
         notes: Notes of the layers in the prediction's graph.
         columns: Gives the columns of the loss factor, see :func:`squares_from_notes`.
+        columns_at_once: How many of a datum go through the network together, at most as many as memory allows.
     """
-    some_columns = _chunks(columns(), max(1, CHUNK_NUMEL // max(1, notes.numel)))
+    allowed = max(1, CHUNK_NUMEL // max(1, notes.numel))
+    some_columns = _chunks(columns(), min(allowed, columns_at_once or allowed))
     first, second = next(some_columns, None), next(some_columns, None)
     if first is not None and second is not None:
         notes.prove()  # a part of the columns may not reach every layer

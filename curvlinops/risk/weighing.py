@@ -31,12 +31,13 @@ class Weighing:
         raise NotImplementedError
 
     @property
-    def _is_mean(self) -> bool:
+    def is_mean(self) -> bool:
+        """Whether the loss is divided by a denominator."""
         return self.loss is not None and self.loss.reduction == "mean"
 
     def denominator(self, X: Any, y: Any) -> Tensor:
         """By what the mini-batch's own loss divides its sum: 1 under 'sum'."""
-        if not self._is_mean or self.loss is None:
+        if not self.is_mean or self.loss is None:
             return torch.ones((), dtype=torch.float64)
         size = None if self.loss.is_known else self.batch_size(X, y)
         return self.loss.denominator(y, self.weights(X, y), size)
@@ -77,7 +78,7 @@ class Weighing:
         weight = self.weights(X, y)
         if weight is not None and len(weight) != len(prediction):
             raise ValueError(f"weight_fn gave {len(weight)} weights for {len(prediction)} data.")
-        if self._is_mean and not self.loss.is_known and (size := self.batch_size(X, y)) != len(prediction):
+        if self.is_mean and not self.loss.is_known and (size := self.batch_size(X, y)) != len(prediction):
             raise ValueError(
                 f"Axis 0 of a prediction is the datum, but the prediction has shape {list(prediction.shape)} and the "
                 f"mini-batch {size} data: pass batch_size_fn, or bring the prediction's axes in order."

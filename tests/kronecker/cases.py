@@ -320,6 +320,8 @@ DIAGONAL: dict[str, tuple[str, ...]] = {
     "tied-embeddings": ("token.weight",),
     "windowed-attention": ("bias",),
 }
+
+
 def names_of(instance: Instance) -> list[str]:
     """Return a name of each parameter: its key, else what the model calls it, else its number."""
     if isinstance(instance.params, dict):

@@ -552,10 +552,11 @@ def check_kept(A: Any, fresh: Callable[[], Any], num_batches: int, error: BaseEx
     """The mini-batches before the exception are kept, and going on gives the same bits."""
     with pytest.raises(type(error), match="now"):
         A.compute()
-    state = A.state_dict()
-    if num_batches == 0:
-        state.pop("fingerprint", None)
-    assert unequal(state, after(num_batches, fresh()).state_dict()) == [], f"after {num_batches}"
+    state, expected = A.state_dict(), after(num_batches, fresh()).state_dict()
+    if num_batches == 0:  # what is known of the parameters is of no concern before anything was summed
+        assert not any(n.startswith(("block.", "pass.")) for n in state)
+        state = {n: t for n, t in state.items() if n in expected}
+    assert unequal(state, expected) == [], f"after {num_batches}"
 
 
 @pytest.mark.parametrize("error", ERRORS[:2], ids=repr)

@@ -78,6 +78,7 @@ def to_tensors(state: Accumulation, settings: Mapping[str, float], ranks: Mappin
         saved |= _saved_pass(state.current)
         if state.current.num_batches in state.generator_states:
             saved["pass.generator"] = state.generator_states[state.current.num_batches].clone()
+    saved["num_entries"] = torch.tensor(float(len(saved) + 1), dtype=torch.float64)
     return {name: tensor.contiguous() for name, tensor in saved.items()}
 
 
@@ -112,7 +113,7 @@ def _read(
     saved: Mapping[str, Tensor], settings: Mapping[str, float], ranks: Mapping[str, float], params: Sequence[Tensor]
 ) -> Accumulation:
     is_done = bool(saved.get("is_done", torch.zeros(())))
-    expected = {"version": _VERSION, **settings, **({} if is_done else ranks)}
+    expected = {"version": _VERSION, **settings, **({} if is_done else ranks), "num_entries": float(len(saved))}
     found = {name: float(saved[name]) if name in saved else None for name in expected}
     wrong = [
         f"{name} {found[name]} where {value} is expected" for name, value in expected.items() if found[name] != value
@@ -139,9 +140,9 @@ def _read(
     state = Accumulation(blocks or None, kept if any(kept) else [], int(saved["num_passes"]))
     state.is_done = bool(saved["is_done"])
     state.current = _read_pass(saved, device)
-    state.fingerprint = saved["fingerprint"].clone() if "fingerprint" in saved else state.fingerprint
+    state.fingerprint = saved["fingerprint"].clone().cpu() if "fingerprint" in saved else state.fingerprint
     if state.current is not None and "pass.generator" in saved:
-        state.generator_states = {state.current.num_batches: saved["pass.generator"].clone()}
+        state.generator_states = {state.current.num_batches: saved["pass.generator"].clone().cpu()}
     return state
 
 
@@ -150,7 +151,8 @@ def _check_fits(block: Block, kept: Mapping[str, Tensor], sizes: list[int], para
     expected = [size for shape in block.shapes for size in shape]
     dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
     dtypes = {tensor.dtype for tensor in kept.values()}
-    if sizes != expected or not dtypes <= {dtype}:
+    shapes_fit = all(name == "change" or tuple(t.shape) == block.shape_of(name) for name, t in kept.items())
+    if sizes != expected or not dtypes <= {dtype} or not shapes_fit:
         raise ValueError(
             f"The state does not fit params {list(block.positions)}: it was saved for sizes {sizes} in "
             f"{[str(d) for d in dtypes]}, and they have sizes {expected} and need {dtype}."
@@ -170,14 +172,19 @@ def _read_pass(saved: Mapping[str, Tensor], device: torch.device) -> Pass | None
     )
 
 
+#: Entries of a parameter that its fingerprint weighs.
+_NUM_SAMPLED = 2**14
+
+
 def fingerprint_of(params: Sequence[Tensor]) -> Tensor:
     """Norms and weighted sums of the parameters ``[params, 2]``, by which changed ones are told."""
     rows = []
     for p in params:
         flat = p.detach().flatten()
         flat = flat if flat.dtype == torch.float64 else flat.float()
-        weights = torch.linspace(1.0, 2.0, flat.numel(), dtype=flat.dtype, device=flat.device)
-        rows.append(torch.stack([torch.linalg.vector_norm(flat), torch.dot(flat, weights)]))
+        some = flat[:: max(1, flat.numel() // _NUM_SAMPLED)]
+        weights = torch.linspace(1.0, 2.0, some.numel(), dtype=flat.dtype, device=flat.device)
+        rows.append(torch.stack([torch.linalg.vector_norm(flat), torch.dot(some, weights)]))
     return torch.stack(rows).double().cpu()
 
 

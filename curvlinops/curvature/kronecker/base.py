@@ -132,6 +132,7 @@ class KroneckerFactoredLinearOperator(ClosedForms, StreamedBlocks):
         """What the matrix depends on, as numbers."""
         return {
             "kind": self._KIND,
+            "is_mean": int(self._risk.is_mean),
             "fisher_type": list(FisherType).index(self._fisher_type),
             "mc_samples": self._sampling.num_samples,
             "seed": self._sampling.seed if self._fisher_type == FisherType.MC else 0,

@@ -57,8 +57,6 @@ class Block(ABC):
     #: Names of what is summed, of inputs and of gradients.
     of_inputs: ClassVar[tuple[str, ...]] = ()
     of_gradients: ClassVar[tuple[str, ...]] = ()
-    #: Whether layer notes must cover its parameters.
-    needs_notes: ClassVar[bool] = True
 
     def __init__(self, positions: Sequence[int], shapes: Sequence[torch.Size], reason: str = "") -> None:
         self.positions = tuple(positions)
@@ -80,6 +78,15 @@ class Block(ABC):
     @abstractmethod
     def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The block as an operator."""
+
+    @abstractmethod
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name, by which saved states are checked."""
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """What must be the same in all mini-batches."""
+        return self.kind, self.positions, tuple(self.layout)
 
     @property
     def layout(self) -> list[int]:

@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_diagonal import BlockDiagonal
+from curvlinops.operators.structured import Diagonal
 
 
 class ClosedForms:
@@ -109,12 +110,19 @@ class ClosedForms:
         return self._computed.block(*patterns)
 
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
-        other = other._computed if isinstance(other, ClosedForms) else other
-        return self._computed._closed_sum(other)
+        return self._computed._closed_sum(_of_blocks(other)) if _has_blocks(other) else None
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
         return self._computed._closed_scaling(factor)
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
-        other = other._computed if isinstance(other, ClosedForms) else other
-        return self._computed._closed_product(other)
+        return self._computed._closed_product(_of_blocks(other)) if _has_blocks(other) else None
+
+
+def _has_blocks(other: LinearOperator) -> bool:
+    """Whether a sum or product with it is closed; if not, nothing need be computed yet."""
+    return isinstance(other, (ClosedForms, BlockDiagonal, Diagonal))
+
+
+def _of_blocks(other: LinearOperator) -> LinearOperator:
+    return other._computed if isinstance(other, ClosedForms) else other

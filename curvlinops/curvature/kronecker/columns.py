@@ -28,6 +28,7 @@ class BatchColumns:
         num_positions: Positions that a datum's loss is said to have, ``None`` if nothing is said.
         averages_inputs: Whether inputs are averaged over the positions of a datum.
         squares_masses: Whether weights of terms enter squared, as they do in outer products of actual gradients.
+        columns_at_once: Columns of a datum that go through the network together, ``None`` for what memory allows.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class BatchColumns:
         num_positions: int | None,
         averages_inputs: bool,
         squares_masses: bool,
+        columns_at_once: int | None,
     ) -> None:
+        self._columns_at_once = columns_at_once
         self._risk, self._X = risk, X
         self._lin, self._notes = risk.noted(X)
         terms = risk.terms(self._lin.output, X, y)
@@ -81,7 +84,7 @@ class BatchColumns:
 
     def _pieces(self) -> Iterator[LayerFactors]:
         if self._factor is not None:
-            yield from factors_of_columns(self._notes, self._factor.columns)
+            yield from factors_of_columns(self._notes, self._factor.columns, self._columns_at_once)
             return
         self._notes.prove()
         yield self._notes.factors(self._lin.output.new_zeros(0, *self._lin.output.shape))

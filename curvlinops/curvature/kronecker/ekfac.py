@@ -156,12 +156,15 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         sides = [(k, side) for k in range(len(kept)) for side in ("gradient", "input")]
         dense = [(k, side) for k, side in sides if kept[k][f"{side}_covariance"].ndim > 1]
         matrices = [kept[k][f"{side}_covariance"] for k, side in dense]
-        in_groups = [matrix if matrix.ndim == 3 else matrix.unsqueeze(0) for matrix in matrices]
-        bases = shared_bases(in_groups, self._risk.process_group)
+        pool = FactorPool()  # layers that share an input share its factor
+        factors = [pool.dense(matrix if matrix.ndim == 3 else matrix.unsqueeze(0)) for matrix in matrices]
+        distinct = list({id(factor): factor for factor in factors}.values())
+        found_bases = shared_bases([factor.to_dense() for factor in distinct], self._risk.process_group)
+        # In order in memory, as after being saved, so that both give the same bits.
+        bases = {id(f): basis.contiguous() for f, basis in zip(distinct, found_bases, strict=True)}
         found: list[dict[str, Tensor]] = [{} for _ in kept]
-        for (k, side), matrix, basis in zip(dense, matrices, bases, strict=True):
-            # In order in memory, as after being saved, so that both give the same bits.
-            found[k][f"{side}_basis"] = basis.reshape(matrix.shape).contiguous()
+        for (k, side), matrix, factor in zip(dense, matrices, factors, strict=True):
+            found[k][f"{side}_basis"] = bases[id(factor)].reshape(matrix.shape)
         return found
 
     def _block_operator(self, number: int, block: Block, pool: FactorPool) -> LinearOperator:

@@ -26,6 +26,13 @@ class FactoredBlock(Block):
         super().__init__(positions, shapes, reason)
         self.arrangement = arrangement
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name."""
+        groups, rows, columns = self.arrangement.matrix_shape
+        if name == "eigenvalues":
+            return groups, rows, columns
+        return {"gradient": (groups, rows, rows), "input": (groups, columns, columns)}[name.split("_")[0]]
+
     @abstractmethod
     def correction(self, columns: Columns, kept: Mapping[str, Tensor]) -> Tensor:
         """Σ_nm (Lᵀ G_nm R)² ``[G, R, S]`` for the eigenbases L of rows and R of columns."""
@@ -126,6 +133,13 @@ class EmbeddingBlock(FactoredBlock):
     def restored(cls, positions: Sequence[int], shapes: Sequence[torch.Size], layout: Sequence[int]) -> Block:
         """The block of a saved layout."""
         return cls(positions, shapes, Arrangement(tuple(tuple(shape) for shape in shapes)))
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name."""
+        groups, rows, width = self.arrangement.matrix_shape
+        if name == "eigenvalues":
+            return groups, rows, width
+        return {"gradient": (width, width), "input": (rows,)}[name.split("_")[0]]
 
     def _table(self, columns: Columns) -> TableColumns:
         part = table_of(columns.factors.parts(self.positions[0]))

@@ -28,9 +28,9 @@ class KFACLinearOperator(KroneckerFactoredLinearOperator, FactorsByModule):
     where :math:`\mu_n` is the weight that the loss gives to the datum (masks, class weights, ``weight_fn``) and c the
     scale of the loss. ``"reduce"`` takes :math:`\bar a_n = \frac{1}{T_n} \sum_t a_{nt}` and :math:`\sum_t g_{nmt}`
     instead. All parameters get a block: Kronecker products for linear layers, Hugging Face's ``Conv1D``, convolutions
-    and transposed ones with groups, projections of self-attention, embeddings (:math:`A` is diagonal); the exact block for
-    biases, normalisations and bare parameters of up to 1024 entries, and the exact diagonal beyond and for parameters
-    whose use is not known. :attr:`blocks` tells. Without gradients (``"forward-only"``) the block is
+    and transposed ones with groups, projections of self-attention, embeddings (:math:`A` is diagonal); the exact block
+    for biases, normalisations and bare parameters of up to 1024 entries, and the exact diagonal beyond and for
+    parameters whose use is not known. :attr:`blocks` tells. Without gradients (``"forward-only"``) the block is
     :math:`c \sum_{nt} \mu_n a_{nt} a_{nt}^\top \otimes I`, and the number of positions times c I for parameters without
     an input.
 

@@ -149,7 +149,7 @@ class KFOCLinearOperator(KroneckerFactoredLinearOperator):
 
     def _is_settled(self, number: int) -> bool:
         """Whether the factors of a block turned no more when its factor of gradients did last."""
-        return bool(self._state.kept[number].get("change", torch.tensor(torch.inf)) <= self._rtol)
+        return float(self._state.kept[number].get("change", torch.inf)) <= self._rtol
 
     def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
         numbers = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]

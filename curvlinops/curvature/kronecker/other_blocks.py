@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -28,6 +29,10 @@ class ExactBlock(Block):
         """Σ h hᵀ."""
         return [moment_of_entries(columns.factors.parts(self.positions[0]), columns.moments)]
 
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name."""
+        return {"matrix": (prod(self.shapes[0]), prod(self.shapes[0]))}[name]
+
     def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The matrix, as a Kronecker product with one factor."""
         matrix = kept["matrix"].unsqueeze(0)
@@ -40,14 +45,20 @@ class DiagonalBlock(Block):
     """The exact diagonal, where nothing better is known or the block is large."""
 
     kind = "diagonal"
-    needs_notes = False
     of_gradients = ("diagonal",)
 
     def gradient_sums(self, columns: Columns) -> list[Tensor]:
         """Row sums of squares."""
         (position,) = self.positions
-        found = columns.squares.get(position)
-        return [columns.factors.squares_of(position) if found is None else found]
+        if position in columns.squares:
+            return [columns.squares[position]]
+        if position in columns.factors.positions:
+            return [columns.factors.squares_of(position)]
+        return [columns.like.new_zeros(self.shapes[0])]  # all of it came with the first piece
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name."""
+        return {"diagonal": self.shapes[0]}[name]
 
     def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The diagonal."""
@@ -58,7 +69,6 @@ class IdentityBlock(Block):
     """Forward-only, for parameters without an input: the number of positions times the identity."""
 
     kind = "identity"
-    needs_notes = False
     of_inputs = ("num_positions",)
 
     def __init__(
@@ -85,6 +95,11 @@ class IdentityBlock(Block):
             parts = columns.factors.parts(position)
             count = count * sum(part.num_positions for part in parts if isinstance(part, DirectPart))
         return [count]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """The shape of what is kept under a name."""
+        shapes: dict[str, tuple[int, ...]] = {"num_positions": ()}
+        return shapes[name]
 
     def operator(self, kept: Mapping[str, Tensor], space: Space, pool: FactorPool) -> LinearOperator:
         """The number of positions on the diagonal."""

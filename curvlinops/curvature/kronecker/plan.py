@@ -22,7 +22,10 @@ from curvlinops.risk.layers.weights import table_of
 MAX_EXACT_SIZE = 1024
 
 _TIED = "is used in ways of different kinds"
-_UNKNOWN = "is not used, or in a way that is not known"
+_UNKNOWN = "is not used, or in a way that is not known or not the same in all mini-batches"
+
+#: Reasons for which a parameter has no block of its own kind.
+UNSUPPORTED = (_TIED, _UNKNOWN)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from curvlinops.curvature.base import CurvatureLinearOperator
 from curvlinops.curvature.kronecker.accumulation import Accumulation, fingerprint_of, is_same_fingerprint
 from curvlinops.curvature.kronecker.blocks import Block, Columns, FactorPool, Scaling
 from curvlinops.curvature.kronecker.columns import BatchColumns, KeptColumns
-from curvlinops.curvature.kronecker.plan import Options, planned
+from curvlinops.curvature.kronecker.plan import UNSUPPORTED, Options, planned
 from curvlinops.curvature.kronecker.types import FisherType
 from curvlinops.curvature.sandwich import Sampling
 from curvlinops.memory import default_budget
@@ -27,6 +27,7 @@ from curvlinops.risk.linearization import Use
 from curvlinops.risk.losses import Terms
 from curvlinops.risk.losses.factors import HessianFactor, LossFactor, gradient_factor, sampled_factor
 from curvlinops.risk.passes import Pass
+from curvlinops.risk.surroundings import differentiable, preserved_random_state
 
 
 class UncoveredError(Exception):
@@ -53,13 +54,28 @@ class StreamedBlocks(CurvatureLinearOperator):
     #: The blocks as operators, once they are asked for.
     _structure: BlockDiagonal | None
 
+    def _check_deterministic(self) -> None:
+        """Also, since columns are read off the backward alone, that the backward agrees with the forward."""
+        super()._check_deterministic()
+        if not self._options.has_gradients:
+            return
+        error = None
+        try:
+            random_state = preserved_random_state(self._risk.data, self.device)
+            with torch.inference_mode(False), random_state, differentiable(self._risk.model):
+                self._risk.check_directions(next(iter(self._risk.batches("directions"))).X)
+        except Exception as found:
+            error = found
+        raise_together(error, self.device, self._risk.process_group)
+
     def compute(self, num_batches: int | None = None) -> Self:
         """Compute the matrix, or go on computing it.
 
         Any use of the operator computes what is left. Between calls, :meth:`state_dict` saves how far it is.
 
         Args:
-            num_batches: How many more mini-batches to take at most; ``None`` for all.
+            num_batches: How many more mini-batches to take at most; ``None`` for all. With a ``process_group``, all
+                ranks call alike, and a call ends with a pass over the data at the latest.
 
         Returns:
             The operator itself.
@@ -79,6 +95,8 @@ class StreamedBlocks(CurvatureLinearOperator):
                 if taken is None:
                     break
                 num_batches = None if num_batches is None else num_batches - taken
+                if num_batches is not None and self._risk.process_group is not None:
+                    break  # the ranks have different numbers left
         return self
 
     def _go_on(self, num_batches: int | None) -> int | None:
@@ -118,7 +136,7 @@ class StreamedBlocks(CurvatureLinearOperator):
 
     def _current_pass(self) -> Pass:
         state = self._state
-        fingerprint = fingerprint_of(self._params)
+        fingerprint = fingerprint_of([*self._params, *self._risk.model.buffers])
         is_untouched = state.num_passes == 0 and (state.current is None or state.current.num_batches == 0)
         if is_untouched:
             state.fingerprint = fingerprint
@@ -137,7 +155,7 @@ class StreamedBlocks(CurvatureLinearOperator):
         found.error = None
         ours = error.positions if isinstance(error, UncoveredError) else set()
         if group is not None:  # the blocks must be the same on all ranks
-            ours |= {i for b in self._state.blocks or [] if not b.needs_notes and b.reason for i in b.positions}
+            ours |= {i for b in self._state.blocks or [] if b.reason in UNSUPPORTED for i in b.positions}
         flags = torch.tensor([i in ours and i not in self._uncovered for i in range(len(self._params))])
         everywhere = any_of(flags, self.device, group)
         is_ours = isinstance(error, Exception) and not isinstance(error, UncoveredError)
@@ -194,22 +212,23 @@ class StreamedBlocks(CurvatureLinearOperator):
             self._num_positions,
             averages_inputs=self._options.reduces and state.num_passes == 0,
             squares_masses=self._fisher_type == FisherType.EMPIRICAL,
+            columns_at_once=self._chunk_size,
         )
         sums, squares = _Sums(), {}
         if columns.is_empty:
             return []
 
         def add(factors: LayerFactors) -> None:
-            blocks = self._blocks_for(factors, columns)
             if not sums.is_begun:
-                rest = [i for block in blocks for i in block.positions if i not in factors.positions]
+                self._check_blocks(factors, columns)
+                rest = [i for i in range(len(self._params)) if i not in factors.positions]
                 squares.update(columns.squares(rest) if state.num_passes == 0 else {})
             if keeps:
                 state.columns.add(batch, factors, not sums.is_begun)
             self._add(sums, Columns(factors, columns.weight, factors.like, squares={} if sums.is_begun else squares))
 
-        if keeps and batch == 0:
-            state.columns.max_bytes = self._max_kept_bytes
+        if batch == 0 and state.num_passes == 0:
+            state.columns.max_bytes = self._max_kept_bytes if keeps else 0
         columns.for_each(add)
         state.note_generator(batch + 1, generator)
         if keeps:
@@ -236,15 +255,15 @@ class StreamedBlocks(CurvatureLinearOperator):
         generator = self._sampling.generator(self.device, self._risk.rank)
         return sampled_factor(terms, self._sampling.num_samples, generator)
 
-    def _blocks_for(self, factors: LayerFactors, columns: BatchColumns) -> list[Block]:
-        """The blocks, which the first mini-batch decides and all others must bear out."""
+    def _check_blocks(self, factors: LayerFactors, columns: BatchColumns) -> None:
+        """Choose the blocks, which the first mini-batch decides and all others must bear out."""
+        labels = [self.domain.label(i) for i in range(len(self._params))]
+        ours = planned(self._params, labels, factors, columns.biases, self._uncovered, self._options)
         if self._state.blocks is None:
-            labels = [self.domain.label(i) for i in range(len(self._params))]
-            self._state.blocks = planned(self._params, labels, factors, columns.biases, self._uncovered, self._options)
-        needed = {i for block in self._state.blocks if block.needs_notes for i in block.positions}
-        if not needed <= set(factors.positions):
-            raise UncoveredError(needed - set(factors.positions))
-        return self._state.blocks
+            self._state.blocks = ours
+        known, found = ({b.signature: set(b.positions) for b in blocks} for blocks in (self._state.blocks, ours))
+        if known.keys() != found.keys():
+            raise UncoveredError(set().union(*((known | found)[key] for key in known.keys() ^ found.keys())))
 
     def _sums(self, number: int, block: Block, columns: Columns, is_first: bool) -> list[Tensor]:
         """What the current pass sums of a block; inputs are the same for all pieces of the columns."""

@@ -87,13 +87,16 @@ class ConvolutionPart(Part):
 
     def rows(self, data: slice) -> Rows:
         """Patches of the inputs and the output gradients of some data; in a transposed convolution the other way."""
-        a, g = self.a[data], self.g[data]
+        a = self.a[data]
+        inputs = self._pixels(a) if self.settings.transposed else self._patched(a, self.g.shape[4:])
+        return Rows(inputs, self.output_rows(data))
+
+    def output_rows(self, data: slice) -> Tensor:
+        """The output gradients of :meth:`rows`."""
+        g = self.g[data]
         columns = g.transpose(0, 1).flatten(0, 1)
-        if self.settings.transposed:
-            inputs, outputs = self._pixels(a), self._patched(columns, a.shape[3:])
-        else:
-            inputs, outputs = self._patched(a, g.shape[4:]), self._pixels(columns)
-        return Rows(inputs, outputs.unflatten(2, (self.num_columns, len(a))))
+        outputs = self._patched(columns, self.a.shape[3:]) if self.settings.transposed else self._pixels(columns)
+        return outputs.reshape(*outputs.shape[:2], self.num_columns, len(g), outputs.shape[3])
 
     def _pixels(self, images: Tensor) -> Tensor:
         """The channels of each pixel ``[G, C / G, n, T positions]`` of images ``[n, T, C, *space]``."""

@@ -67,8 +67,11 @@ class LinearPart(Part):
 
     def rows(self, data: slice) -> Rows:
         """Views of the inputs and output gradients of some data."""
-        a, g = self.a[data], self.g[data]
-        return Rows(a.permute(2, 0, 1).unsqueeze(0), g.permute(3, 1, 0, 2).unsqueeze(0))
+        return Rows(self.a[data].permute(2, 0, 1).unsqueeze(0), self.output_rows(data))
+
+    def output_rows(self, data: slice) -> Tensor:
+        """The output gradients of :meth:`rows`."""
+        return self.g[data].permute(3, 1, 0, 2).unsqueeze(0)
 
     def squares(self) -> Tensor:
         """For one position a datum Σ_m (g_m a)² = (Σ_m g_m²) a², so that one product serves all columns."""

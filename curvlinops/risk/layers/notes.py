@@ -131,7 +131,7 @@ class BroadcastUse(Use):
             return None
         axis, before, after = place
         split = (before, layout.num_data, after)
-        num_positions = g.shape[1:].numel() // (layout.num_data * prod(self.aligned))
+        num_positions = g.shape[1:].numel() // max(1, layout.num_data * prod(self.aligned))
         if self.factor is None or len(g) == 0:
             h = self._sums(g, axis, split)
         else:

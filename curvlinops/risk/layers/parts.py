@@ -69,10 +69,6 @@ class Part(ABC):
     def gradients(self, data: slice) -> Tensor:
         """The columns of some data, in at least float32 ``[n, M, *shape]``."""
 
-    def rows(self, data: slice) -> Rows | None:
-        """The columns of some data as sums of outer products, where the parameter is a weight that maps rows."""
-        return None
-
     def squares(self) -> Tensor:
         """The row sums of squares Σ_nm F_nm², in at least float32."""
         step = max(1, _CACHED_NUMEL // (self.num_columns * self.shape.numel()))

@@ -9,8 +9,8 @@ from curvlinops.risk.layers.convolution import ConvolutionPart
 from curvlinops.risk.layers.parts import inner_products, slices
 from curvlinops.risk.losses.base import at_least_float32
 
-#: Numbers that are unfolded at a time.
-_UNFOLDED_NUMEL = 2**24
+#: Numbers of patches that are unfolded at a time.
+UNFOLDED_NUMEL = 2**24
 
 
 class PatchMoment:
@@ -34,7 +34,7 @@ class PatchMoment:
         self._num_features = part.shape[1:].numel() // self._rows
         self._blocks: dict[tuple[int, int], Tensor] = {}
         self._sums: Tensor | None = None
-        step = max(1, _UNFOLDED_NUMEL // max(1, self._num_features * self._height * self._rest_of(1)))
+        step = max(1, UNFOLDED_NUMEL // max(1, self._num_features * self._height * self._rest_of(1)))
         for data in slices(part.num_data, step):
             self._add(data)
 

@@ -10,11 +10,8 @@ from torch import Tensor
 from curvlinops.risk.layers.convolution import ConvolutionPart
 from curvlinops.risk.layers.dense import DirectPart, LinearPart, LookupPart
 from curvlinops.risk.layers.parts import SYMMETRIC_ROWS, Part, Rows, inner_products, slices, summed_gradients
-from curvlinops.risk.layers.patches import PatchMoment
+from curvlinops.risk.layers.patches import UNFOLDED_NUMEL, PatchMoment
 from curvlinops.risk.losses.base import at_least_float32
-
-#: Numbers in the patches that are unfolded at a time.
-_UNFOLDED_NUMEL = 2**24
 
 
 class Moments:
@@ -74,26 +71,34 @@ class WeightColumns:
     """
 
     def __init__(self, parts: Sequence[Part], has_bias: bool, moments: Moments) -> None:
-        self._parts = parts
+        self._parts = [part for part in parts if isinstance(part, (LinearPart, ConvolutionPart))]
+        assert len(self._parts) == len(parts), "Weights that meet inputs have rows."
         self._has_bias = has_bias
         self._moments = moments
         self._num_data = parts[0].num_data
 
-    def _pieces(self) -> Iterator[tuple[slice, Rows]]:
-        """The rows of a few data at a time where they take much memory."""
+    def _slices(self) -> Iterator[slice]:
+        """A few data at a time where their rows take much memory."""
         step = self._num_data
         if isinstance(self._parts[0], ConvolutionPart):
             numel = sum(part.numel_of_rows() for part in self._parts if isinstance(part, ConvolutionPart))
-            step = max(1, _UNFOLDED_NUMEL // max(1, numel))
-        for data in slices(self._num_data, step):
-            found = [part.rows(data) for part in self._parts]
-            rows = [r for r in found if r is not None]
+            step = max(1, UNFOLDED_NUMEL // max(1, numel))
+        return slices(self._num_data, step)
+
+    def _pieces(self) -> Iterator[tuple[slice, Rows]]:
+        for data in self._slices():
+            rows = [part.rows(data) for part in self._parts]
             yield (
                 data,
                 rows[0]
                 if len(rows) == 1
                 else Rows(torch.cat([r.a for r in rows], -1), torch.cat([r.g for r in rows], -1)),
             )
+
+    def _output_pieces(self) -> Iterator[Tensor]:
+        for data in self._slices():
+            rows = [part.output_rows(data) for part in self._parts]
+            yield rows[0] if len(rows) == 1 else torch.cat(rows, -1)
 
     def _moment_of(self, features: Tensor) -> Tensor:
         """The moment ``[G, F, F]`` of ``[G, F, ...]``; remembered where it is one of tensors that exist anyway."""
@@ -138,7 +143,7 @@ class WeightColumns:
 
     def gradient_moment(self, summed: bool) -> Tensor:
         """Σ_nm Σ_t g gᵀ ``[G, R, R]``; of Σ_t g where the positions of a datum are summed before."""
-        return _total(self._moment_of(at_least_float32(r.g).sum(4) if summed else r.g) for _, r in self._pieces())
+        return _total(self._moment_of(at_least_float32(g).sum(4) if summed else g) for g in self._output_pieces())
 
     # ------------------------------------------------------- with the columns as matrices
 

@@ -29,8 +29,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="the others keep their figures")
     add("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS), help="the others keep their figures")
-    add("--repeats", type=int, default=5, help="measured rounds at most")
-    add("--seconds", type=float, default=15, help="start no further round of an item after this time")
+    add("--repeats", type=int, default=3, help="measured rounds at most")
+    add("--seconds", type=float, default=8, help="start no further round of an item after this time")
     add("--quick", action="store_true", help="tiny sizes; writes nothing unless --output is given")
     add("--ours", default=sys.executable, help="interpreter with this checkout installed")
     add("--peer", default=None, help="interpreter with the peer installed; left out by default")
