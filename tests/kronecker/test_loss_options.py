@@ -40,12 +40,11 @@ def test_kfac(name: str, approx: str, fisher: str) -> None:
     assert error(K.to_dense(), oracle_of(name).matrix("kfac", **options_of(fisher, approx, True))) < 1e-9
 
 
-@pytest.mark.parametrize("fisher", ["empirical", "forward-only"])
 @pytest.mark.parametrize("name", SEQUENCES)
-def test_joint_kfac_of_own_gradients_of_data(name: str, fisher: str) -> None:
+def test_joint_kfac_of_own_gradients_of_data(name: str) -> None:
     """With the bias in the block, and a datum's own gradients summed before they are squared."""
-    options = options_of(fisher, "reduce", False) | {"terms": "datum"}
-    keywords = keywords_of(fisher, "reduce", False)
+    options = options_of("empirical", "reduce", False) | {"terms": "datum"}
+    keywords = keywords_of("empirical", "reduce", False)
     K = build(KFACLinearOperator, problem_of(name).make(), terms="datum", **keywords)
     assert error(K.to_dense(), oracle_of(name).matrix("kfac", **options)) < 1e-9
 

@@ -168,12 +168,14 @@ class RowMeasurement:
             return (), True
         rows, scaled_rows = self._on_directions(note.num_rows, g, scaled)
         lengths = torch.linalg.vector_norm(rows, dim=1)
+        if not bool(lengths.isfinite().all()):
+            return tuple(self._candidates(note.num_rows, rows.dtype)[0]), False  # the sums will be refused
         noise = 64 * torch.finfo(g.dtype).eps * lengths.max()
         live = lengths > noise
         num_live = int(live.sum())
         layouts, factors = self._candidates(note.num_rows, rows.dtype)
         if num_live == 0:
-            return (tuple(layouts) if bool(lengths.isfinite().all()) else ()), False
+            return tuple(layouts), False
         certain = num_live >= min(note.num_rows, _ENOUGH_ROWS)
         ratios = (scaled_rows * rows).sum(1) / lengths.square()
         # Factors differ by a factor of two at least, so that a wrong one is far away in any precision.
