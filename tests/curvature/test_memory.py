@@ -25,8 +25,8 @@ def deep(width, depth):
     layers = [layer for _ in range(depth) for layer in (nn.Linear(width, width), nn.Tanh())]
     return nn.Sequential(nn.Linear(16, width), nn.Tanh(), *layers, nn.Linear(width, 10))
 
-# Networks of some ten thousand parameters with activations of a quarter of a MiB and of four MiB, several of each.
-CASES = {"balanced": (deep(64, 6), 1024), "huge": (deep(64, 8), 16384)}
+# Networks of some ten thousand parameters with activations of half a MiB and of four MiB, several of each.
+CASES = {"balanced": (deep(64, 6), 2048), "huge": (deep(64, 8), 16384)}
 
 def build(kind, case, num_data=None, **options):
     model, size = CASES[case]
@@ -63,7 +63,7 @@ print(json.dumps({name: peak(*args, **options) for name, (args, options) in json
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 #: Parameters of the networks in the script, and MiB of one activation.
 NUM_PARAMS = {"balanced": 17 * 64 + 6 * 65 * 64 + 65 * 10}
-ACTIVATION = {"balanced": 0.25}
+ACTIVATION = {"balanced": 0.5}
 
 pytestmark = pytest.mark.skipif(
     not hasattr(os, "fork") or sys.platform == "darwin", reason="needs fork, and kibibytes of Linux"
