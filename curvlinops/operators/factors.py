@@ -90,11 +90,7 @@ class Factor(ABC):
 
     def is_same(self, other: Factor) -> bool:
         """Whether the other has the same entries."""
-        if self is other:
-            return True
-        if type(self) is not type(other) or self._tensor.shape != other._tensor.shape:
-            return False
-        return torch.equal(self._tensor, other._tensor)
+        return self is other or (type(self) is type(other) and self.has_entries(other._tensor))
 
     def has_entries(self, tensor: Tensor) -> bool:
         """Whether it has these entries."""

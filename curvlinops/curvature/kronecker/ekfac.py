@@ -98,7 +98,11 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         unsupported: str = "diagonal",
         **options: Unpack[RiskOptions],
     ) -> None:
-        self._require_gradients(fisher_type)
+        if fisher_type == FisherType.FORWARD_ONLY:
+            raise NotImplementedError(
+                "fisher_type='forward-only' has no gradients, so there are no eigenvalues to correct: use "
+                "KFACLinearOperator."
+            )
         settings = Settings.checked(
             fisher_type,
             mc_samples,
@@ -137,15 +141,14 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
         return [block.correction(columns, self._state.kept[number])] if isinstance(block, FactoredBlock) else []
 
     def _finish(self, state: Accumulation, sums: Sequence[Tensor], scaling: Scaling) -> None:
+        factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         if state.num_passes == 0:
             super()._finish(state, sums, scaling)
-            factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
             rotated = self._rotated([state.kept[i] for i in factored])
             for i, kept in zip(factored, rotated, strict=True):
                 state.kept[i] = kept
             state.is_done = not factored
             return
-        factored = [i for i, block in enumerate(state.blocks or []) if isinstance(block, FactoredBlock)]
         for i, eigenvalues in zip(factored, sums, strict=True):
             state.kept[i]["eigenvalues"] = scaling.times(eigenvalues)
         state.num_passes += 1
@@ -190,11 +193,3 @@ class EKFACLinearOperator(KroneckerFactoredLinearOperator):
             KeyError: If there is no such parameter.
         """
         return super().factors(name)
-
-    @staticmethod
-    def _require_gradients(fisher_type: FisherType | str) -> None:
-        if fisher_type == FisherType.FORWARD_ONLY:
-            raise NotImplementedError(
-                "fisher_type='forward-only' has no gradients, so there are no eigenvalues to correct: use "
-                "KFACLinearOperator."
-            )

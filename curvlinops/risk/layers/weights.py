@@ -149,16 +149,7 @@ class WeightColumns:
 
     def rotated_squares(self, left: Tensor, right: Tensor) -> Tensor:
         """Σ_nm (Lᵀ G_nm R)² ``[G, R, S]`` entry by entry, for bases L ``[G, R, R]`` and R ``[G, S, S]``."""
-        total: Tensor | None = None
-        for g, a in self._matrices():
-            if a.shape[3] == 1:  # one position: the square of a product is the product of squares
-                rotated = [(left.mT @ g.flatten(2)).square_().reshape(g.shape), (right.mT @ a.flatten(2)).square_()]
-                found = rotated[0].sum(2).flatten(2) @ rotated[1].mT
-            else:
-                found = sum_of_rotated_squares(g, a, left, right)
-            total = found if total is None else total.add_(found)
-        assert total is not None
-        return total
+        return _total(sum_of_rotated_squares(g, a, left, right) for g, a in self._matrices())
 
     def contraction(self, middle: Tensor, of_inputs: bool) -> Tensor:
         """Σ_nm G R Gᵀ ``[G, R, R]`` for a symmetric R ``[G, S, S]``; of inputs, Σ_nm Gᵀ L G ``[G, S, S]``."""
@@ -195,6 +186,9 @@ def sum_of_rotated_squares(g: Tensor, a: Tensor, left: Tensor, right: Tensor) ->
     """Σ_nm (Lᵀ Σ_t g_mnt a_ntᵀ R)² ``[G, R, S]``; each side is rotated before or after the sum, as is cheaper."""
     groups, R, M, _, T = g.shape
     S = a.shape[1]
+    if T == 1:  # the square of a product is the product of squares
+        rotated = [(left.mT @ g.flatten(2)).square_().reshape(g.shape), (right.mT @ a.flatten(2)).square_()]
+        return rotated[0].sum(2).flatten(2) @ rotated[1].mT
     early_left, early_right = T <= S, T <= M * R
     if early_left:
         g = (left.mT @ g.flatten(2)).reshape(g.shape)
