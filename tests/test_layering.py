@@ -158,8 +158,8 @@ def test_one_place_reduces_over_processes() -> None:
 def test_one_room_knows_the_losses() -> None:
     names = ("CrossEntropyLoss", "MSELoss", "BCEWithLogitsLoss")
     for path in sources():
-        if path.relative_to(PACKAGE).as_posix().startswith("risk/losses/"):
-            continue
+        if path.relative_to(PACKAGE).as_posix().startswith(("risk/losses/", "applications/fishleg/likelihoods")):
+            continue  # the latter builds the losses that belong to likelihoods; it does not ask which one it got
         used = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         used |= {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
         assert not used & set(names), f"{path.relative_to(PACKAGE)} knows {sorted(used & set(names))}"

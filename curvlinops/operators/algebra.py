@@ -1,14 +1,16 @@
-"""Sums, scalings, chains, adjoints and stacks: small lazy nodes."""
+"""Sums, scalings, chains and adjoints: small lazy nodes."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
+import torch
 from torch import Tensor
 
 from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
+from curvlinops.operators.closed_forms import check_parts, needs
 from curvlinops.operators.space import Space
 
 
@@ -73,6 +75,19 @@ class Reshaped(LinearOperator):
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         source = self.operator.codomain
         return self.domain.split(Space.merge(self.operator._rmatmat(source.split(Space.merge(X)))))
+
+    def _check_closed(self, quantity: str) -> None:
+        check_parts([self.operator], quantity, "Part")
+
+    @needs("diagonal")
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``."""
+        return self.operator.diagonal()  # type: ignore[attr-defined, no-any-return]
+
+    @needs("trace")
+    def trace(self) -> Tensor:
+        """The trace."""
+        return self.operator.trace()  # type: ignore[attr-defined, no-any-return]
 
     def linearize(self, max_memory: int | None = None, *, engine: str = "auto") -> LinearOperator:
         """Linearise what is inside."""
@@ -174,6 +189,21 @@ class Sum(Node):
 
     def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
         return _accumulate(term._rmatmat(X) for term in self.terms)
+
+    def _check_closed(self, quantity: str) -> None:
+        check_parts(self.terms, quantity, "Term")
+
+    @needs("diagonal")
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``, where every term has one."""
+        diagonals: list[Tensor] = [term.diagonal() for term in self.terms]  # type: ignore[attr-defined]
+        return torch.stack(diagonals).sum(0)
+
+    @needs("trace")
+    def trace(self) -> Tensor:
+        """The trace, where every term has one."""
+        traces: list[Tensor] = [term.trace().double() for term in self.terms]  # type: ignore[attr-defined]
+        return torch.stack(traces).sum().to(self.dtype)
 
     def _inside(self) -> Sequence[LinearOperator]:
         return self.terms
@@ -317,29 +347,3 @@ class Adjoint(Node):
 
     def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
         return change(self.operator).H
-
-
-class HStack(Node):
-    """Operators side by side, [U₁ U₂ ...]: one codomain, and a flat domain that concatenates theirs."""
-
-    def __init__(self, operators: Sequence[LinearOperator]) -> None:
-        codomain = operators[0].codomain
-        for operator in operators[1:]:
-            codomain = codomain.join(operator.codomain, "stack")
-        numel = sum(operator.shape[1] for operator in operators)
-        super().__init__(Space.flat(numel, codomain.dtype, codomain.device), codomain)
-        self.operators = list(operators)
-
-    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
-        parts = X[0].split([operator.shape[1] for operator in self.operators])
-        pairs = zip(self.operators, parts, strict=True)
-        return _accumulate(_recut(U._matmat(U.domain.split(x)), U.codomain, self.codomain) for U, x in pairs)
-
-    def _rmatmat(self, X: list[Tensor]) -> list[Tensor]:
-        return [Space.merge([Space.merge(U._rmatmat(_recut(X, self.codomain, U.codomain))) for U in self.operators])]
-
-    def _inside(self) -> Sequence[LinearOperator]:
-        return self.operators
-
-    def _rebuilt(self, change: Callable[[LinearOperator], LinearOperator]) -> LinearOperator:
-        return HStack([change(operator) for operator in self.operators])

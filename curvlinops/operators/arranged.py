@@ -77,6 +77,21 @@ class Arranged(LinearOperator):
         """The symmetric positive semi-definite square root."""
         raise NotImplementedError
 
+    def _spectrum(self) -> Tensor:
+        """The eigenvalues ``[G, R, S]``, in the order of the eigenvectors."""
+        raise NotImplementedError
+
+    def _in_eigenbasis(self, values: Tensor) -> LinearOperator:
+        """The matrix of the same eigenvectors and other eigenvalues ``[G, R, S]``."""
+        raise NotImplementedError
+
+    def pinv(self) -> LinearOperator:
+        """The pseudo-inverse: eigenvalues that are zero but for rounding stay zero, in each group."""
+        A: Arranged = self.frozen()  # type: ignore[assignment]
+        values = A._spectrum()
+        rounding = max(values.shape[1:]) * torch.finfo(values.dtype).eps * values.abs().amax((1, 2), keepdim=True)
+        return A._in_eigenbasis(torch.where(values.abs() > rounding, 1.0 / values, 0.0))
+
     def det(self) -> Tensor:
         """The determinant; infinite or zero where it is beyond the range of the dtype."""
         sign, logabsdet = self._slogdet()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from numbers import Number
 from typing import TYPE_CHECKING, Any
@@ -229,6 +229,22 @@ class LinearOperator(ABC):
         if not chosen:
             raise ValueError(f"No parameter matches {list(patterns)}; the names are {list(names)}.")
         return Block(self, chosen)
+
+    def embedded(self, space: Space, names: Sequence[str] | None = None) -> LinearOperator:
+        """The square operator on a larger space: zero on its other tensors, in its dtype and on its device.
+
+        Diagonal, block-diagonal and dense matrices and Kronecker products keep their closed forms.
+
+        Args:
+            space: The larger space, with names.
+            names: Its tensors that the operator acts on, in order; by default its own names, or all if it has none.
+
+        Raises:
+            ValueError: If the tensors do not fit.
+        """
+        from curvlinops.operators.embedded import embed
+
+        return embed(self, space, names)
 
     def to_dense(self) -> Tensor:
         """The matrix ``[rows, columns]`` as a tensor, by products with the columns of the identity."""

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from curvlinops.operators.algebra import _recut, agreed, linearized, shared_memory
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_positions import checked_positions, joined_space
-from curvlinops.operators.closed_forms import NoClosedForm, needs
+from curvlinops.operators.closed_forms import check_parts, needs
 from curvlinops.operators.damping import InverseOptions, dampings_of_blocks
 from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.factor_sets import eigendecompositions
@@ -99,10 +99,7 @@ class BlockDiagonal(LinearOperator):
     # -------------------------------------------------------------- closed forms
 
     def _check_closed(self, quantity: str) -> None:
-        for number, block in enumerate(self.blocks):
-            if not hasattr(block, quantity):
-                name = quantity.strip("_")
-                raise NoClosedForm(f"Block {number} ({type(block).__name__}) has no closed form of '{name}'.")
+        check_parts(self.blocks, quantity, "Block")
 
     def _of_blocks(self, quantity: str, *args: Any) -> list[Any]:
         return [getattr(block, quantity)(*args) for block in self.blocks]
@@ -176,6 +173,12 @@ class BlockDiagonal(LinearOperator):
         products = [(block, number) for block, number in pairs if isinstance(block, Kronecker)]
         inverted = iter(kronecker_inverses([b for b, _ in products], [number for _, number in products], options))
         return self._rebuilt([_inverse(b, number, options, inverted) for b, number in pairs])
+
+    @needs("pinv")
+    def pinv(self) -> BlockDiagonal:
+        """The pseudo-inverse, block by block: what is zero but for rounding in a block stays zero."""
+        self._decompose([b for b in self.blocks if isinstance(b, Kronecker)])
+        return self._rebuilt(self._of_blocks("pinv"))
 
     @needs("sqrt")
     def sqrt(self) -> BlockDiagonal:
@@ -282,10 +285,17 @@ class BlockDiagonal(LinearOperator):
         return None
 
     def _closed_sum(self, other: LinearOperator) -> LinearOperator | None:
+        from curvlinops.operators.block_sums import plus, sum_of_cuts
+
         blocks = self._matching(other)
         if blocks is None:
-            return None
-        return self._of([a + b for a, b in zip(self.blocks, blocks, strict=True)], other)
+            return sum_of_cuts(self, other) if isinstance(other, BlockDiagonal) else None
+        return self._of([plus(a, b) for a, b in zip(self.blocks, blocks, strict=True)], other)
+
+    def _closed_conversion(self, dtype: torch.dtype, device: torch.device) -> BlockDiagonal:
+        from curvlinops.operators.embedded import converted
+
+        return self._rebuilt([converted(b, dtype, device) for b in self.blocks], self.domain.to(dtype, device))
 
     def _of(self, blocks: Sequence[LinearOperator], other: LinearOperator) -> BlockDiagonal:
         return self._rebuilt(blocks, self.domain.join(other.domain, "block-diagonal"))

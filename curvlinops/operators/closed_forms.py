@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
 
 
@@ -50,3 +50,11 @@ def needs(
 ) -> Callable[[Callable[Concatenate[Owner, P], Result]], ClosedForm[Owner, P, Result]]:
     """Declare that a method exists only where every part has another one."""
     return lambda function: ClosedForm(quantity, function)
+
+
+def check_parts(parts: Sequence[object], quantity: str, what: str) -> None:
+    """Raise :class:`NoClosedForm` if one of an operator's parts lacks a quantity."""
+    for number, part in enumerate(parts):
+        if not hasattr(part, quantity):
+            name = quantity.strip("_")
+            raise NoClosedForm(f"{what} {number} ({type(part).__name__}) has no closed form of '{name}'.")

@@ -86,6 +86,11 @@ class TensorLinearOperator(LinearOperator):
         inverse = torch.linalg.inv(matrix + damping * _eye_like(matrix)).to(self.dtype)
         return _owning((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
 
+    def pinv(self) -> TensorLinearOperator:
+        """The pseudo-inverse: eigenvalues (singular values) that are zero but for rounding stay zero."""
+        inverse = torch.linalg.pinv(_factorisable(self._matrix), hermitian=self.SELF_ADJOINT).to(self.dtype)
+        return _owning((inverse + inverse.T) / 2 if self.SELF_ADJOINT else inverse)
+
     def sqrt(self) -> TensorLinearOperator:
         """The symmetric positive semi-definite square root of such a matrix.
 
@@ -139,6 +144,9 @@ class TensorLinearOperator(LinearOperator):
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
         return _owning(self._matrix * factor)
+
+    def _closed_conversion(self, dtype: torch.dtype, device: torch.device) -> TensorLinearOperator:
+        return _owning(self._matrix.to(dtype=dtype, device=device))
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
         return _owning(self._matrix @ other._matrix) if isinstance(other, TensorLinearOperator) else None

@@ -102,6 +102,27 @@ class EigenDecomposed(Arranged):
 
     # -------------------------------------------------------------- closed forms
 
+    @property
+    def values(self) -> Tensor:
+        """The eigenvalues ``[G, R, S]`` in the order of the bases."""
+        return self._values
+
+    @property
+    def left_basis(self) -> Tensor | None:
+        """The basis of the rows ``[G, R, R]``; None for the unit vectors."""
+        return self._left
+
+    @property
+    def right_basis(self) -> Tensor | None:
+        """The basis of the columns ``[G, S, S]``; None for the unit vectors."""
+        return self._right
+
+    def _spectrum(self) -> Tensor:
+        return self._values
+
+    def _in_eigenbasis(self, values: Tensor) -> EigenDecomposed:
+        return self._like(values)
+
     def diagonal(self) -> Tensor:
         """The diagonal ``[D]``."""
         entries = self._values.clone().unsqueeze(0)

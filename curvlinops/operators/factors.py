@@ -88,6 +88,10 @@ class Factor(ABC):
             result._eigen = Eigen(self._eigen.values * number, self._eigen.basis)
         return result
 
+    def converted(self, dtype: torch.dtype, device: torch.device) -> Factor:
+        """The factor in another dtype, float32 at least, or on another device."""
+        return self._like(self._tensor.to(dtype=working_dtype(dtype), device=device, copy=True))
+
     def is_same(self, other: Factor) -> bool:
         """Whether the other has the same entries."""
         return self is other or (type(self) is type(other) and self.has_entries(other._tensor))

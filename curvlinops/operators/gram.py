@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from curvlinops.operators import base
-from curvlinops.operators.algebra import Chain, HStack, Reshaped, Scaled
+from curvlinops.operators.algebra import Chain, Reshaped, Scaled
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.dense import TensorLinearOperator
 from curvlinops.operators.space import Space, working_dtype
+from curvlinops.operators.stack import HStack
 
 #: UᵀV of operators that hold their values, for as long as both are alive.
 _KEPT: WeakKeyDictionary[LinearOperator, WeakKeyDictionary[LinearOperator, Tensor]] = WeakKeyDictionary()

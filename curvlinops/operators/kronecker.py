@@ -136,7 +136,7 @@ class Kronecker(Arranged):
 
     def eigenvalues(self) -> Tensor:
         """The eigenvalues ``[D]``, ascending."""
-        return (self._products() + self.shift).flatten().sort().values.to(self.dtype)
+        return self._spectrum().flatten().sort().values.to(self.dtype)
 
     def _products(self) -> Tensor:
         """The eigenvalues of L ⊗ R ``[G, R, S]``, those that only rounding made negative being zero."""
@@ -146,7 +146,7 @@ class Kronecker(Arranged):
 
     def _slogdet(self) -> tuple[Tensor, Tensor]:
         if self.shift:
-            values = (self._products() + self.shift).double()
+            values = self._spectrum().double()
             return values.sign().prod(), values.abs().log().sum()
         # |L ⊗ R| = |L|^S |R|^R for each group.
         signs, logs = zip(self.left.slogdet(), self.right.slogdet(), strict=True)
@@ -194,7 +194,7 @@ class Kronecker(Arranged):
             ValueError: If an eigenvalue is negative.
         """
         A = self.frozen()
-        values = A._products() + A.shift
+        values = A._spectrum()
         check_no_negative(values)
         if A.shift:
             return A._in_eigenbasis(values.clamp_(min=0.0).sqrt_())
@@ -204,6 +204,9 @@ class Kronecker(Arranged):
             sign = torch.where(factor.trace() < 0, -1.0, 1.0).to(factor.dtype).unsqueeze(-1)
             roots.append(factor.with_eigenvalues((factor.eigh().values * sign).clamp_(min=0.0).sqrt_()))
         return self._like(roots[0], roots[1], 0.0, is_positive=True)
+
+    def _spectrum(self) -> Tensor:
+        return self._products() + self.shift
 
     def _exact_inverse(self, damping: float) -> EigenDecomposed:
         values, shift = self._products(), self.shift + damping
@@ -262,8 +265,14 @@ class Kronecker(Arranged):
         return None
 
     def _closed_scaling(self, factor: float) -> LinearOperator:
-        is_positive = self._is_positive and factor >= 0
-        return self._like(self.left.scaled(factor), self.right, self.shift * factor, is_positive)
+        # An identity on the left stays one, so that multiples of products that share it still do.
+        of_right = isinstance(self.left, DiagonalFactor) and not self.right.is_one
+        left, right = (self.left, self.right.scaled(factor)) if of_right else (self.left.scaled(factor), self.right)
+        return self._like(left, right, self.shift * factor, self._is_positive and factor >= 0)
+
+    def _closed_conversion(self, dtype: torch.dtype, device: torch.device) -> Kronecker:
+        left, right = (factor.converted(dtype, device) for factor in (self.left, self.right))
+        return self._like(left, right, self.shift, self._is_positive, self.domain.to(dtype, device))
 
     def _closed_product(self, other: LinearOperator) -> LinearOperator | None:
         multiple = multiple_of_identity(other)

@@ -197,6 +197,19 @@ class LowRankLinearOperator(LinearOperator):
             "singular. Pass a positive damping, or add it first: A.damped(1e-3)."
         )
 
+    def pinv(self) -> LowRankLinearOperator:
+        """The pseudo-inverse, which is the inverse where there is a multiple of the identity.
+
+        Else eigenvalues that are zero but for rounding stay zero.
+
+        Raises:
+            ValueError: If the multiple of the identity is not zero and the matrix is singular.
+        """
+        if self.c != 0:
+            return self.inverse()
+        A = self.frozen()
+        return A._like(LowRankPart(A.U, A._part.pinv_core(working_dtype(A.dtype))), 0.0, A.POSITIVE_SEMIDEFINITE)
+
     def sqrt(self) -> LowRankLinearOperator:
         """The symmetric positive semi-definite square root of a positive semi-definite matrix.
 

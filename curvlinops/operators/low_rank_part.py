@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from curvlinops.operators import woodbury
-from curvlinops.operators.algebra import HStack
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.gram import gram
+from curvlinops.operators.stack import HStack
 from curvlinops.operators.woodbury import Spectrum
 
 
@@ -34,6 +34,13 @@ class LowRankPart:
         if self._spectrum is None:
             self._spectrum = woodbury.spectrum(self.core, self.gram(), self.U.shape[0])
         return self._spectrum
+
+    def pinv_core(self, dtype: torch.dtype) -> Tensor:
+        """The core of the pseudo-inverse, of columns that are exact to the rounding of a dtype."""
+        found = self.spectrum()
+        sizes = found.values.abs()
+        rounding = len(sizes) * torch.finfo(dtype).eps * sizes.max() if len(sizes) else 0.0
+        return found.core(torch.where(sizes > rounding, found.values**-2, 0.0))
 
     def strength(self) -> float:
         """The Frobenius norm of U C Uᵀ."""

@@ -53,6 +53,10 @@ class SolvedFactor(DenseFactor):
         """Device of the entries."""
         return self._lower.device
 
+    def _like(self, tensor: Tensor) -> Factor:
+        """A dense factor: multiples are not kept as decompositions."""
+        return DenseFactor(tensor, True)
+
     def times(self, X: Tensor) -> Tensor:
         """The factor times ``[K, G, n, S]``."""
         num, groups, size, columns = X.shape

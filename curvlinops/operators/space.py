@@ -60,6 +60,10 @@ class Space:
         names = None if self.names is None else tuple(self.names[i] for i in indices)
         return Space(tuple(self.shapes[i] for i in indices), self.dtype, self.device, names)
 
+    def to(self, dtype: torch.dtype, device: torch.device) -> Space:
+        """The same tensors in another dtype or on another device."""
+        return Space(self.shapes, dtype, device, self.names)
+
     def join(self, other: Space, what: str) -> Space:
         """The space two operators share: shapes agree, names agree where both have them.
 

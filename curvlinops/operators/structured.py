@@ -46,11 +46,11 @@ class Diagonal(LinearOperator):
         assert self._kept_entries is not None
         return self._kept_entries
 
-    def _like(self, entries: Sequence[Tensor], space: Space | None = None) -> Diagonal:
+    def _like(self, entries: Sequence[Tensor], space: Space | None = None, is_positive: bool = False) -> Diagonal:
         """A plain diagonal operator on the same space."""
         result = Diagonal(entries)
         result._domain = result._codomain = self.domain if space is None else space
-        result.POSITIVE_SEMIDEFINITE = False
+        result.POSITIVE_SEMIDEFINITE = is_positive
         result._owns_entries = True
         return result
 
@@ -152,6 +152,12 @@ class Diagonal(LinearOperator):
         result.POSITIVE_SEMIDEFINITE = self.POSITIVE_SEMIDEFINITE and damping >= 0
         return result
 
+    def pinv(self) -> Diagonal:
+        """The pseudo-inverse: entries that are zero, or too small to have an inverse in their dtype, stay zero."""
+        least = torch.finfo(self.dtype).tiny
+        inverse = [torch.where(entry.abs() >= least, 1.0 / entry, 0.0) for entry in self._entries]
+        return self._like(inverse, is_positive=self.POSITIVE_SEMIDEFINITE)
+
     def block(self, *patterns: str) -> LinearOperator:
         """The entries of the parameters whose names match a pattern; see :meth:`LinearOperator.block`."""
         chosen = super().block(*patterns).chosen  # type: ignore[attr-defined]
@@ -182,6 +188,10 @@ class Diagonal(LinearOperator):
         result = self._like([a * b for a, b in zip(self._on(space), other._on(space), strict=True)], space)
         result.POSITIVE_SEMIDEFINITE = self.POSITIVE_SEMIDEFINITE and other.POSITIVE_SEMIDEFINITE
         return result
+
+    def _closed_conversion(self, dtype: torch.dtype, device: torch.device) -> Diagonal:
+        entries = [entry.to(dtype=dtype, device=device) for entry in self._entries]
+        return self._like(entries, self.domain.to(dtype, device), self.POSITIVE_SEMIDEFINITE)
 
     def _on(self, space: Space) -> list[Tensor]:
         """The entries in the shapes of a space of the same size."""

@@ -334,3 +334,14 @@ def test_sum_keeps_the_format_of_its_terms_when_sizes_coincide() -> None:
 def test_identity_of_curvlinops_is_that_of_examples() -> None:
     assert curvlinops.examples.IdentityLinearOperator is curvlinops.IdentityLinearOperator
     assert curvlinops.examples.TensorLinearOperator is curvlinops.TensorLinearOperator
+
+
+def test_diagonal_and_trace_of_a_lazy_sum() -> None:
+    """They are the sums of those of its terms, where all have one."""
+    factors = [torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=torch.float64), torch.eye(2, dtype=torch.float64)]
+    A, B = Kronecker(*factors), Kronecker(factors[1], factors[0] @ factors[0])
+    total = A + B
+    assert not hasattr(total, "inverse")
+    torch.testing.assert_close(total.diagonal(), total.to_dense().diagonal())
+    torch.testing.assert_close(total.trace(), total.to_dense().trace())
+    assert not hasattr(A + A @ B @ A, "trace")

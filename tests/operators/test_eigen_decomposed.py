@@ -190,3 +190,10 @@ def test_low_precision(dtype: torch.dtype, rtol: float) -> None:
     ):
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
+
+
+@given(layouts, kinds, st.integers(0, 99))
+def test_its_bases_and_values_make_it_again(layout: Layout, kinds: str, seed: int) -> None:
+    A, M = eigen_pair(layout, kinds, seed)
+    again = EigenDecomposed(A.values, A.left_basis, A.right_basis, arrangement=A.arrangement, space=A.domain)
+    assert_close(again.to_dense(), M, "made again")

@@ -229,8 +229,14 @@ class Interrupted:
             yield item
 
 
-@pytest.mark.parametrize("error", [OSError("disk"), KeyboardInterrupt(), torch.OutOfMemoryError("CUDA out of memory")])
-@pytest.mark.parametrize("at", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("at", "error"),
+    [
+        *((at, OSError("disk")) for at in (0, 2, 4)),
+        (2, KeyboardInterrupt()),
+        (2, torch.OutOfMemoryError("CUDA out of memory")),
+    ],
+)
 @pytest.mark.parametrize(("kind", "engine"), ENGINES)
 def test_errors_of_the_loader_leave_a_usable_operator(kind: str, engine: str, at: int, error: BaseException) -> None:
     data = Interrupted(error, at, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ _KNOWN: dict[type[nn.Module], Callable[[Any], Loss]] = {
     nn.MSELoss: SquaredError,
     nn.BCEWithLogitsLoss: BCEWithLogits,
 }
-_FUNCTIONS: list[tuple[Any, Callable[[], Callable[[Tensor, Any], Tensor]]]] = [
+_FUNCTIONS: list[tuple[Any, Callable[..., Callable[[Tensor, Any], Tensor]]]] = [
     (F.cross_entropy, nn.CrossEntropyLoss),
     (F.mse_loss, nn.MSELoss),
     (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss),
@@ -31,7 +32,8 @@ _FUNCTIONS: list[tuple[Any, Callable[[], Callable[[Tensor, Any], Tensor]]]] = [
 def as_loss(loss_func: Callable[[Tensor, Any], Tensor]) -> Loss:
     """The terms of a loss function: of its own class where it is known, else by automatic differentiation.
 
-    A subclass of a known loss is known as long as it keeps its ``forward``.
+    A subclass of a known loss is known as long as it keeps its ``forward``, and so is a function of
+    ``torch.nn.functional``, also with options that ``functools.partial`` gives it by keyword.
 
     Raises:
         TypeError: If the loss cannot be called.
@@ -39,15 +41,25 @@ def as_loss(loss_func: Callable[[Tensor, Any], Tensor]) -> Loss:
     """
     if not callable(loss_func):
         raise TypeError(f"Expected a loss function (prediction, y) -> scalar, got {type(loss_func).__name__}.")
+    loss_func = _as_module(loss_func)
     reduction = getattr(loss_func, "reduction", "mean")
     if reduction not in ("mean", "sum"):
         raise NotImplementedError(
             f"{type(loss_func).__name__} has reduction={reduction!r}: only 'mean' and 'sum' are supported."
         )
-    for function, module in _FUNCTIONS:
-        if loss_func is function:
-            loss_func = module()
     for known, make in _KNOWN.items():
         if isinstance(loss_func, known) and type(loss_func).forward is known.forward:
             return make(loss_func)
     return GenericLoss(loss_func, reduction)
+
+
+def _as_module(loss_func: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    """The module of a known function; any other loss as it is."""
+    called: Any = loss_func
+    options: dict[str, Any] = {}
+    if isinstance(loss_func, partial) and not loss_func.args:
+        called, options = loss_func.func, loss_func.keywords
+    for function, module in _FUNCTIONS:
+        if called is function:
+            return module(**options)
+    return loss_func
