@@ -1,0 +1,1 @@
+"""What people build on curvature matrices; made of the public names of the package only."""

@@ -1,0 +1,1 @@
+"""Merging networks by their Fisher matrices."""
