@@ -45,8 +45,27 @@ from curvlinops.solvers.preconditioners import NystromPreconditioner, jacobi_pre
 from curvlinops.solvers.roots import RootInfo, inverse_sqrt_matvec, sqrt_matvec
 from curvlinops.solvers.singular import SingularTriplets, svds
 
+# The applications stand on the names above, so they come after them.
+# isort: split
+from curvlinops.applications.consolidation.diagonal_fisher import diagonal_fisher
+from curvlinops.applications.consolidation.ewc import EWC
+from curvlinops.applications.fishleg.likelihoods import (
+    BernoulliLikelihood,
+    FixedGaussianLikelihood,
+    GaussianLikelihood,
+    SoftMaxLikelihood,
+)
+from curvlinops.applications.fishleg.optimizer import FishLeg
+from curvlinops.applications.learned_inverse.layers import Layer, named_layers
+from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
+from curvlinops.applications.merging.into import merge_into
+from curvlinops.applications.merging.merge import MergeInfo, merge
+from curvlinops.applications.merging.regmean import shrink_off_diagonal
+from curvlinops.applications.pruning.surgeon import PruneInfo, obs_saliency, prune
+
 __all__ = [
     "Arrangement",
+    "BernoulliLikelihood",
     "BlockDiagonal",
     "CGInverseLinearOperator",
     "ConvergenceWarning",
@@ -57,15 +76,19 @@ __all__ = [
     "EFDiagonalLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
+    "EWC",
     "EigenDecomposed",
     "Eigenpairs",
     "Estimate",
     "EstimateWithError",
+    "FishLeg",
     "FisherMCLinearOperator",
     "FisherType",
+    "FixedGaussianLikelihood",
     "FunctionTrace",
     "GGNDiagonalLinearOperator",
     "GGNLinearOperator",
+    "GaussianLikelihood",
     "HessianLinearOperator",
     "IdentityLinearOperator",
     "InverseLinearOperator",
@@ -77,14 +100,19 @@ __all__ = [
     "LSMRInverseLinearOperator",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
+    "Layer",
+    "LearnedInverseLinearOperator",
     "LeastSquaresInfo",
     "LinearOperator",
     "LowRankLinearOperator",
     "MINRESInverseLinearOperator",
+    "MergeInfo",
     "NeumannInverseLinearOperator",
     "NystromPreconditioner",
+    "PruneInfo",
     "RootInfo",
     "SingularTriplets",
+    "SoftMaxLikelihood",
     "SolveInfo",
     "Space",
     "SubmatrixLinearOperator",
@@ -92,6 +120,7 @@ __all__ = [
     "TransposedJacobianLinearOperator",
     "block_traces",
     "damping_path",
+    "diagonal_fisher",
     "eigsh",
     "exact_diagonal",
     "exact_trace",
@@ -104,6 +133,12 @@ __all__ = [
     "lanczos_approximate_log_spectrum",
     "lanczos_approximate_spectrum",
     "logdet",
+    "merge",
+    "merge_into",
+    "named_layers",
+    "obs_saliency",
+    "prune",
+    "shrink_off_diagonal",
     "sqrt_matvec",
     "svds",
     "trace_of_function",

@@ -73,6 +73,8 @@ def as_operator(fisher: Any, space: Space, what: str) -> LinearOperator:
             raise ValueError(f"{what}: expected a symmetric operator, got {type(fisher).__name__} {fisher.shape}.")
         space.join(fisher.domain, what)
         return fisher
+    if isinstance(fisher, nn.Module):
+        raise TypeError(f"{what}: expected an operator, or a diagonal as a dict or list of tensors, got a module.")
     entries = named_tensors(fisher, what)
     names = space.names or tuple(str(position) for position in range(len(space.shapes)))
     if not isinstance(fisher, Mapping) and len(entries) == len(names):

@@ -330,6 +330,15 @@ def test_inverse_of_corrected_factors_is_always_exact(name: str, separate: bool)
     assert error(K.damped(0.1).inverse().to_dense() @ damped, identity) < EXACT
 
 
+@pytest.mark.parametrize("name", ["kf-linear-ce", "kf-norms"])
+@pytest.mark.parametrize("cls", [KFACLinearOperator, EKFACLinearOperator, KFOCLinearOperator])
+def test_pseudo_inverse(cls: type, name: str) -> None:
+    """Of a matrix that is singular: softmax does not see a common shift of its inputs."""
+    K = build(cls, problem_of(name).make(), fisher_type="type-2")
+    truth = torch.linalg.pinv(K.to_dense(), hermitian=True, rtol=1e-9)
+    assert error(K.pinv().to_dense(), truth) < 1e-6
+
+
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize("heuristic", [False, True])
 @pytest.mark.parametrize("name", INVERTED)

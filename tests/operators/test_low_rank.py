@@ -21,8 +21,8 @@ from curvlinops import (
 )
 from curvlinops.operators import base
 from curvlinops.operators.algebra import Chain, Reshaped, Scaled, Sum
-from curvlinops.operators.stack import HStack
 from curvlinops.operators.gram import cross_gram, gram, row_squares
+from curvlinops.operators.stack import HStack
 from tests.operators.operator_pairs import CPU, SHAPES, MatrixOperator, named_space, noise
 
 D = 5

@@ -101,6 +101,10 @@ class ClosedForms:
             retry_double_precision=retry_double_precision,
         )
 
+    def pinv(self) -> BlockDiagonal:
+        """The pseudo-inverse, block by block; see :meth:`BlockDiagonal.pinv`."""
+        return self._computed.pinv()
+
     def damped(self, damping: float) -> LinearOperator:
         """The matrix K + damping · I, exactly, with exact closed forms."""
         return self._computed.damped(damping)

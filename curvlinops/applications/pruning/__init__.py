@@ -1,0 +1,1 @@
+"""Pruning by an inverse curvature: optimal brain surgeon."""
