@@ -56,7 +56,7 @@ from curvlinops.applications.fishleg.likelihoods import (
     SoftMaxLikelihood,
 )
 from curvlinops.applications.fishleg.optimizer import FishLeg
-from curvlinops.applications.learned_inverse.layers import Layer, named_layers
+from curvlinops.applications.learned_inverse.layers import NamedLayer, named_layers
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 from curvlinops.applications.merging.into import merge_into
 from curvlinops.applications.merging.merge import MergeInfo, merge
@@ -64,6 +64,7 @@ from curvlinops.applications.merging.regmean import shrink_off_diagonal
 from curvlinops.applications.pruning.surgeon import PruneInfo, obs_saliency, prune
 
 __all__ = [
+    "EWC",
     "Arrangement",
     "BernoulliLikelihood",
     "BlockDiagonal",
@@ -76,7 +77,6 @@ __all__ = [
     "EFDiagonalLinearOperator",
     "EFLinearOperator",
     "EKFACLinearOperator",
-    "EWC",
     "EigenDecomposed",
     "Eigenpairs",
     "Estimate",
@@ -100,13 +100,13 @@ __all__ = [
     "LSMRInverseLinearOperator",
     "LanczosApproximateLogSpectrumCached",
     "LanczosApproximateSpectrumCached",
-    "Layer",
     "LearnedInverseLinearOperator",
     "LeastSquaresInfo",
     "LinearOperator",
     "LowRankLinearOperator",
     "MINRESInverseLinearOperator",
     "MergeInfo",
+    "NamedLayer",
     "NeumannInverseLinearOperator",
     "NystromPreconditioner",
     "PruneInfo",

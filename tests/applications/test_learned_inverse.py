@@ -148,6 +148,10 @@ def test_quantities_equal_those_of_the_dense_matrix(kind: str) -> None:
     assert float(torch.linalg.eigvalsh(truth).min()) > 0
     assert_close(Q.to_dense(), truth)
     assert_close(Q.diagonal(), truth.diagonal())
+    by_layers = Q.to_block_diagonal()
+    assert len(by_layers.blocks) == len(Q.layers) and by_layers.domain == Q.domain
+    assert_close(by_layers.to_dense(), truth)
+    assert_close(by_layers.diagonal(), truth.diagonal())
     assert_close(Q.logdet(), torch.logdet(truth))
     # Samples are S z of known z, so that S Sᵀ is seen without sampling error.
     D = len(truth)

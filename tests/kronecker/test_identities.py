@@ -337,6 +337,7 @@ def test_pseudo_inverse(cls: type, name: str) -> None:
     K = build(cls, problem_of(name).make(), fisher_type="type-2")
     truth = torch.linalg.pinv(K.to_dense(), hermitian=True, rtol=1e-9)
     assert error(K.pinv().to_dense(), truth) < 1e-6
+    assert error(K.to_block_diagonal().to_dense(), K.to_dense()) < EXACT
 
 
 @pytest.mark.parametrize("separate", [True, False])

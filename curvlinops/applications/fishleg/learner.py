@@ -20,7 +20,7 @@ from curvlinops.applications.fishleg.curvature import (
 from curvlinops.applications.fishleg.problem import BatchLoss, InverseSettings, Problem
 from curvlinops.applications.fishleg.selection import Selection
 from curvlinops.applications.fishleg.surroundings import EndlessBatches, drawn_seed, kept_buffers, own_randomness
-from curvlinops.applications.learned_inverse.layers import Layer, named_layers
+from curvlinops.applications.learned_inverse.layers import NamedLayer, named_layers
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 
 
@@ -172,7 +172,7 @@ def inner(v: Tensors, w: Tensors) -> float:
 
 
 def _structures(
-    layers: Mapping[str, Layer], learned: Iterable[str], structure: str | Mapping[str, str]
+    layers: Mapping[str, NamedLayer], learned: Iterable[str], structure: str | Mapping[str, str]
 ) -> str | dict[str, str]:
     """The structure of each layer: as asked for, and nothing to learn for the others."""
     learned = set(learned)

@@ -9,6 +9,7 @@ from math import log, sqrt
 import torch
 from torch import Tensor
 
+from curvlinops import BlockDiagonal, LinearOperator, Space
 from curvlinops.applications.learned_inverse.layouts import Layout
 
 #: Which factors each structure learns.
@@ -110,6 +111,30 @@ def _triangular(raw: Tensor | None) -> Tensor | None:
     return None if raw is None else raw.tril(-1) + raw.diagonal().exp().diag_embed()
 
 
+class LayerInverse(LinearOperator):
+    """The learned inverse of one layer as an operator on the layer's own tensors.
+
+    Args:
+        block: The inverse, which nobody learns any more.
+        space: The space of the layer's tensors.
+    """
+
+    SELF_ADJOINT = True
+    POSITIVE_SEMIDEFINITE = True
+
+    def __init__(self, block: LearnedBlock, space: Space) -> None:
+        super().__init__(space, space)
+        self._blocks = LearnedBlocks({"": block}, {"": range(len(space.shapes))})
+
+    def _matmat(self, X: list[Tensor]) -> list[Tensor]:
+        return [part.to(self.dtype) for part in self._blocks.product(X)]
+
+    @torch.no_grad()
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``, exactly."""
+        return self._blocks.diagonal(self.domain)
+
+
 class LearnedBlocks:
     """The learned inverses of all layers, side by side on the tensors of a space.
 
@@ -143,9 +168,18 @@ class LearnedBlocks:
         """S times columns-last tensors, with S Sᵀ = Q."""
         return self._each(X, LearnedBlock.root)
 
-    def diagonal(self, X: Sequence[Tensor]) -> list[Tensor]:
-        """The diagonal of Q as one column, whatever the entries of the column that is given."""
-        return self._each(X, lambda block, _: block.diagonal())
+    def diagonal(self, space: Space) -> Tensor:
+        """The diagonal of Q ``[D]`` on the space of its tensors."""
+        column = space.split(torch.zeros(space.numel, 1, dtype=space.dtype, device=space.device))
+        found = self._each(column, lambda block, _: block.diagonal())
+        return Space.merge(found).squeeze(-1).to(space.dtype)
+
+    def operator(self, space: Space) -> BlockDiagonal:
+        """Copies of the blocks as operators, side by side on the space of their tensors."""
+        blocks = [
+            LayerInverse(block.copied(), space.select(self._positions[name])) for name, block in self._blocks.items()
+        ]
+        return BlockDiagonal(blocks, positions=list(self._positions.values()), space=space)
 
     def logdet(self) -> Tensor:
         """The logarithm of the determinant of Q, in float64."""

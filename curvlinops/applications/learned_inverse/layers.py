@@ -24,7 +24,7 @@ _KINDS: tuple[tuple[str, tuple[type[nn.Module], ...]], ...] = (
 
 
 @dataclass(frozen=True, eq=False)
-class Layer:
+class NamedLayer:
     """The parameters of one layer, by their names in the model.
 
     Args:
@@ -37,7 +37,7 @@ class Layer:
             ``Conv1D`` of Hugging Face.
         groups: Number of groups of a convolution.
 
-    >>> Layer("linear", weight="fc.weight", bias="fc.bias").parameters
+    >>> NamedLayer("linear", weight="fc.weight", bias="fc.bias").parameters
     ('fc.weight', 'fc.bias')
     """
 
@@ -59,7 +59,7 @@ class Layer:
         return self.weight is not None and self.kind not in ("norm", "other")
 
 
-def named_layers(model: nn.Module) -> dict[str, Layer]:
+def named_layers(model: nn.Module) -> dict[str, NamedLayer]:
     """The layers of a model, each trainable parameter in exactly one of them.
 
     Weights are paired with biases by their names, ``weight`` with ``bias``, ``weight_ih_l0`` with ``bias_ih_l0``,
@@ -86,7 +86,7 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}.")
     seen: set[int] = set()
-    found: dict[str, Layer] = {}
+    found: dict[str, NamedLayer] = {}
     for module_name, module in model.named_modules():
         own = {
             name: parameter
@@ -98,7 +98,7 @@ def named_layers(model: nn.Module) -> dict[str, Layer]:
     return found
 
 
-def _layers_of(module: nn.Module, prefix: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, Layer]]:
+def _layers_of(module: nn.Module, prefix: str, own: Mapping[str, Tensor]) -> Iterator[tuple[str, NamedLayer]]:
     """The layers that a module's own parameters form, by name."""
     kind, is_transposed = _kind(module)
     groups = int(getattr(module, "groups", 1)) if "convolution" in kind else 1
@@ -113,11 +113,11 @@ def _layers_of(module: nn.Module, prefix: str, own: Mapping[str, Tensor]) -> Ite
         if name in partners:
             bias = prefix + paired[name] if name in paired else None
             key = prefix.removesuffix(".") if name == "weight" else full
-            yield key, Layer(kind, full, bias, is_transposed=is_transposed, groups=groups)
+            yield key, NamedLayer(kind, full, bias, is_transposed=is_transposed, groups=groups)
         elif "bias" in name and name not in paired.values():
-            yield full, Layer(kind, bias=full)
+            yield full, NamedLayer(kind, bias=full)
         elif name not in paired.values():
-            yield full, Layer(kind, other=full)
+            yield full, NamedLayer(kind, other=full)
 
 
 def _kind(module: nn.Module) -> tuple[str, bool]:

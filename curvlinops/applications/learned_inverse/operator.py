@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from curvlinops import IdentityLinearOperator, LinearOperator, Space
+from curvlinops import BlockDiagonal, IdentityLinearOperator, LinearOperator, Space
 from curvlinops.applications.learned_inverse.checks import checked_numbers, checked_state
 from curvlinops.applications.learned_inverse.directions import directions_from
 from curvlinops.applications.learned_inverse.steps import (
@@ -140,8 +140,11 @@ class LearnedInverseLinearOperator(LinearOperator):
     @torch.no_grad()
     def diagonal(self) -> Tensor:
         """The diagonal ``[D]``, exactly. Cost: O(out² + in² + out in) a layer."""
-        column = self.domain.split(torch.zeros(self.domain.numel, 1, dtype=self.dtype, device=self.device))
-        return Space.merge(self._blocks.diagonal(column)).squeeze(-1).to(self.dtype)
+        return self._blocks.diagonal(self.domain)
+
+    def to_block_diagonal(self) -> BlockDiagonal:
+        """A frozen copy, with an operator for each layer that has products and a diagonal."""
+        return self._blocks.operator(self.domain)
 
     @torch.no_grad()
     def logdet(self) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from curvlinops import Space
 from curvlinops.applications.learned_inverse.blocks import FACTORS, LearnedBlock, LearnedBlocks
-from curvlinops.applications.learned_inverse.layers import Layer, named_layers
+from curvlinops.applications.learned_inverse.layers import NamedLayer, named_layers
 from curvlinops.applications.learned_inverse.layouts import Layout, OneColumn, OutputsByInputs
 from curvlinops.applications.named_tensors import named_tensors
 
@@ -19,7 +19,7 @@ from curvlinops.applications.named_tensors import named_tensors
 MAX_FACTOR_SIZE = 5000
 
 
-def trainable_tensors(source: Any, what: str) -> tuple[dict[str, Tensor], dict[str, Layer]]:
+def trainable_tensors(source: Any, what: str) -> tuple[dict[str, Tensor], dict[str, NamedLayer]]:
     """The parameters by name, and the layers that they form.
 
     Args:
@@ -39,7 +39,7 @@ def trainable_tensors(source: Any, what: str) -> tuple[dict[str, Tensor], dict[s
     return tensors, named_layers(source)
 
 
-def _layers_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
+def _layers_by_name(tensors: Mapping[str, Tensor]) -> dict[str, NamedLayer]:
     """Tensors without a model: ``x.weight`` with ``x.bias`` where the sizes fit; whatever has two axes is a matrix."""
     partners = {name: f"{name.removesuffix('weight')}bias" for name in tensors if name.endswith("weight")}
     paired = {
@@ -53,11 +53,11 @@ def _layers_by_name(tensors: Mapping[str, Tensor]) -> dict[str, Layer]:
             continue
         stem = name.removesuffix(".weight")
         kind = "linear" if tensor.ndim > 1 else "other"
-        layers[name if stem in tensors else stem] = Layer(kind, name, paired.get(name))
+        layers[name if stem in tensors else stem] = NamedLayer(kind, name, paired.get(name))
     return layers
 
 
-def blocks_of(space: Space, layers: Mapping[str, Layer], structure: Any, scale: float) -> LearnedBlocks:
+def blocks_of(space: Space, layers: Mapping[str, NamedLayer], structure: Any, scale: float) -> LearnedBlocks:
     """The blocks by the names of their layers; one of the name ``"full"`` if there is one for all.
 
     Args:
@@ -82,7 +82,7 @@ def blocks_of(space: Space, layers: Mapping[str, Layer], structure: Any, scale: 
     return LearnedBlocks(blocks, positions)
 
 
-def _wanted(layers: Mapping[str, Layer], structure: Any) -> dict[str, str]:
+def _wanted(layers: Mapping[str, NamedLayer], structure: Any) -> dict[str, str]:
     """The structure that is asked for, by layer."""
     if isinstance(structure, Mapping):
         unknown = [name for name in structure if name not in layers]
@@ -102,7 +102,7 @@ def _wanted(layers: Mapping[str, Layer], structure: Any) -> dict[str, str]:
     return wanted
 
 
-def _block_of(name: str, layer: Layer, wanted: str, space: Space, scale: float) -> LearnedBlock:
+def _block_of(name: str, layer: NamedLayer, wanted: str, space: Space, scale: float) -> LearnedBlock:
     """The block of one layer, whose parameters the space holds in the layer's order."""
     matrix = None
     if layer.weight is not None and len(space.shapes[0]) > 1:

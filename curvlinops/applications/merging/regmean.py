@@ -43,8 +43,7 @@ def shrink_off_diagonal(fisher: LinearOperator, scale: float) -> LinearOperator:
         raise ValueError(f"scale: expected a number from 0 to 1, got {scale}.")
     if not isinstance(fisher, LinearOperator):
         raise TypeError(f"fisher: expected an operator, got {type(fisher).__name__}.")
-    # A multiple of a KFAC matrix is a plain block-diagonal operator of what it is made of.
-    return _shrunk(fisher if isinstance(fisher, (BlockDiagonal, Kronecker, Diagonal)) else 1.0 * fisher, number)
+    return _shrunk(fisher.to_block_diagonal() if hasattr(fisher, "to_block_diagonal") else fisher, number)
 
 
 def _shrunk(operator: Any, scale: float) -> LinearOperator:

@@ -83,6 +83,8 @@ def compensation(
 def _blocks(Q: LinearOperator) -> Iterator[tuple[LinearOperator, Tensor]]:
     """The innermost blocks, and where in the vector their entries are."""
     positions = torch.arange(Q.shape[0], device=Q.device)
+    if hasattr(Q, "to_block_diagonal"):
+        Q = Q.to_block_diagonal()
     if not isinstance(Q, BlockDiagonal):
         yield Q, positions
         return

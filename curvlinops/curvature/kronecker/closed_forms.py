@@ -20,6 +20,10 @@ class ClosedForms:
     def _computed(self) -> BlockDiagonal:
         """The matrix as a block-diagonal operator."""
 
+    def to_block_diagonal(self) -> BlockDiagonal:
+        """The matrix as a plain block-diagonal operator, which needs neither the model nor the data any more."""
+        return self._computed
+
     def trace(self) -> Tensor:
         """The trace."""
         return self._computed.trace()
