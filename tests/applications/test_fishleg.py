@@ -462,14 +462,14 @@ def test_modules_are_chosen_by_name() -> None:
 
     first, second = ["encoder.0.weight", "encoder.0.bias"], ["encoder.1.weight", "encoder.1.bias"]
     assert set(learned()) == {*first, *second, "decoder.weight", "decoder.bias", "shift"}
-    assert set(learned(module_names=["encoder"])) == {*first, *second}
+    assert set(learned(module_names=["encoder"])) == set(learned(module_names="encoder")) == {*first, *second}
     assert set(learned(module_names=["*.0", "shift"])) == {*first, "shift"}
     assert set(learned(skip_names=["encoder", "s*"], structure="diagonal")) == {"decoder.weight", "decoder.bias"}
     chosen = {"module_names": ["encoder"], "skip_names": ["*.1"], "structure": {"encoder.0": "full"}}
     assert set(learned(**chosen)) == set(first)
     for options, message in [
         ({"module_names": ["head"]}, r"module_names: \['head'\] match no module"),
-        ({"skip_names": "encoder"}, "expected a sequence of names, got the string"),
+        ({"skip_names": "head"}, r"skip_names: \['head'\] match no module"),
         ({"skip_names": ["*"]}, "leave no layer to learn"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
@@ -498,7 +498,9 @@ def test_errors() -> None:
         ((model, None, nll, []), "draw: expected a function"),
         ((model, draw, "nll", []), "nll: expected a function"),
         ((model, draw, nll, torch.zeros(3)), "Expected a loader or list of batches, got Tensor"),
+        ((model, draw, nll, (torch.zeros(3), torch.zeros(3))), r"got a tuple of tensors. Write \[\(X, y\)\]"),
         ((model, draw, nll, [], nn.MSELoss()), "likelihood: expected"),
+        ((model, draw, nll, [], FixedGaussianLikelihood), "likelihood: expected an instance"),
     ]:
         with pytest.raises(TypeError, match=message):
             FishLeg(*arguments)
@@ -507,6 +509,18 @@ def test_errors() -> None:
     both = nn.ModuleDict({"net": network(), "likelihood": GaussianLikelihood(1.0).double()})
     with pytest.raises(ValueError, match="Keep the likelihood outside"):
         FishLeg(both, draw, nll, [], both["likelihood"])
+
+    batch, other = (noise(3, 2), noise(3, 1)), copy.deepcopy(model)
+    for foreign, error, message in [
+        (lambda _, data: (other(data[0]) - data[1]).square().mean(), ValueError, "does not depend on the parameters"),
+        (lambda m, data: (m(data[0]) - data[1]).square(), TypeError, "nll: expected a tensor of one number"),
+        (lambda m, data: (m(data[0]) - data[1]).square().mean().item(), TypeError, "nll: .* got float"),
+    ]:
+        opt = FishLeg(model, lambda m, X: (X, m(X).detach()), foreign, [batch], update_aux_every=1)
+        model(batch[0]).sum().backward()
+        with pytest.raises(error, match=message):
+            opt.step()
+        opt.zero_grad()
 
     opt = simple(model, update_aux_every=1)
     with pytest.raises(NotImplementedError, match="one parameter group"):

@@ -331,11 +331,18 @@ def indefinite() -> Tensor:
     return M + torch.diag(torch.full((D,), -0.5, dtype=F64))
 
 
+def of_curvature() -> tuple[dict[str, Tensor], LinearOperator]:
+    model, data = network()
+    params: dict[str, Tensor] = dict(model.named_parameters())
+    return params, KFACLinearOperator(model, nn.CrossEntropyLoss(), params, data, fisher_type="type-2")
+
+
 SHARED = noise(4, 3)
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "sparsity of 1": (ValueError, "below 1, got 1", lambda: (weights(), pairs()["dense"][0], 1.0)),
     "sparsity below 0": (ValueError, "below 1, got -0.1", lambda: (weights(), pairs()["dense"][0], -0.1)),
     "sparsity not a number": (ValueError, "got nan", lambda: (weights(), pairs()["dense"][0], math.nan)),
+    "the curvature": (TypeError, "is the curvature; pass its inverse", lambda: (*of_curvature(), 0.5)),
     "no operator": (TypeError, "expected a linear operator, got Tensor", lambda: (weights(), torch.ones(D), 0.5)),
     "not symmetric": (ValueError, "symmetric", lambda: (weights(), TensorLinearOperator(noise(D, D)), 0.5)),
     "no diagonal": (

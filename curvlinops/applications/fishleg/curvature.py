@@ -90,8 +90,9 @@ class DrawnHessian:
         def value(data: Any) -> Tensor:
             # Each forward draws the same numbers: products that compare several are of one function.
             with own_randomness(self._seed, device):
-                return nll(model, data).reshape(1)
+                return scalar_of(nll(model, data), "nll").reshape(1)
 
+        self._value, self._params, self._is_checked = value, list(params.values()), False
         self._hessian = HessianLinearOperator(
             value, _total, dict(params), self._batches, check_deterministic=False, batch_size_fn=_one
         )
@@ -100,7 +101,29 @@ class DrawnHessian:
         """Its products on a batch."""
         self._batches[:] = [((X, y), torch.zeros(1))]
         self._seed = seed
+        if not self._is_checked:
+            self._check_dependence((X, y))
+            self._is_checked = True
         return lambda v: self._hessian @ v
+
+    def _check_dependence(self, data: Any) -> None:
+        """Refuse a function of other parameters, such as those of a copy of the model, whose Hessian here is zero."""
+        with torch.enable_grad():
+            value = self._value(data)
+            of_params = torch.autograd.grad(value, self._params, allow_unused=True) if value.requires_grad else [None]
+        if all(gradient is None for gradient in of_params):
+            raise ValueError(
+                "nll: its value does not depend on the parameters of the model. Compute it from the model that nll is "
+                "called with, not from another or a copy, and without .detach() or torch.no_grad()."
+            )
+
+
+def scalar_of(value: Any, what: str) -> Tensor:
+    """What a user's loss returned, if it is a tensor of one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"one of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{what}: expected a tensor of one number, the mean over the data, got {got}.")
+    return value
 
 
 def _total(value: Tensor, _: Tensor) -> Tensor:

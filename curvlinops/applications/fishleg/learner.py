@@ -16,6 +16,7 @@ from curvlinops.applications.fishleg.curvature import (
     GaussNewton,
     Product,
     Tensors,
+    scalar_of,
 )
 from curvlinops.applications.fishleg.problem import BatchLoss, InverseSettings, Problem
 from curvlinops.applications.fishleg.selection import Selection
@@ -74,7 +75,7 @@ class InverseLearner:
         """The gradients of a loss of a batch; nothing of the user's is touched."""
         params = self._problem.params
         with self._undisturbed(), torch.enable_grad():
-            value = loss(self._problem.model, batch)
+            value = scalar_of(loss(self._problem.model, batch), "loss")
             found = torch.autograd.grad(value, list(params.values()), materialize_grads=True, allow_unused=True)
         return dict(zip(params, found, strict=True))
 

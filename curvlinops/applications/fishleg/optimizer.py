@@ -14,7 +14,7 @@ from curvlinops.applications.fishleg.learner import InverseLearner
 from curvlinops.applications.fishleg.likelihoods import Likelihood
 from curvlinops.applications.fishleg.problem import BatchLoss, Draw, InverseSettings, Problem, gradients_of
 from curvlinops.applications.fishleg.schedule import AuxiliarySchedule, check_count, check_numbers
-from curvlinops.applications.fishleg.selection import Selection, checked_patterns
+from curvlinops.applications.fishleg.selection import Selection, patterns_of
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 
 
@@ -68,9 +68,6 @@ class FishLeg(Optimizer):
         structure: Structure of Q, or of the layers by name: see :class:`LearnedInverseLinearOperator`.
         precondition: Whether the gradient of the auxiliary objective is preconditioned with Q.
         seed: Seed of everything random.
-
-    Attributes:
-        Q: The learned inverse, an operator over the model's parameters.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
@@ -130,7 +127,7 @@ class FishLeg(Optimizer):
         self._learner = InverseLearner(
             self._problem,
             InverseSettings(damping, scale, structure, aux_lr, aux_betas, aux_eps, normalization, precondition, seed),
-            Selection(checked_patterns("module_names", module_names), checked_patterns("skip_names", skip_names)),
+            Selection(patterns_of(module_names), patterns_of(skip_names)),
         )
         self._warmup = warmup
         self._warmup_data = aux_dataloader if warmup_data is None else warmup_data

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ BatchLoss = Callable[[nn.Module, Any], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """What the Fisher matrix is of.
+    """What the Fisher matrix is of; the parameters are those that require gradients when they are first asked for.
 
     Args:
         model: The network.
@@ -45,7 +46,7 @@ class Problem:
                 raise TypeError(f"{name}: expected a function, got {type(getattr(self, name)).__name__}.")
         if self.likelihood is not None and not isinstance(self.likelihood, Likelihood):
             raise TypeError(
-                f"likelihood: expected one of the package's likelihoods or None, got {type(self.likelihood).__name__}."
+                f"likelihood: expected an instance of one of the package's likelihoods, got {self.likelihood!r}."
             )
         if not self.of_model:
             raise ValueError("model: no parameter requires gradients, so there is nothing to optimise.")
@@ -66,18 +67,18 @@ class Problem:
             raise TypeError(f"draw: expected it to return (data_x, data_y), got {type(pair).__name__}.")
         return pair[0], pair[1]
 
-    @property
+    @cached_property
     def of_likelihood(self) -> Tensors:
         """The likelihood's learnable parameters, by names that no parameter of a module has."""
         found = [] if self.likelihood is None else self.likelihood.get_parameters()
         return {f"likelihood[{position}]": p for position, p in enumerate(found)}
 
-    @property
+    @cached_property
     def params(self) -> Tensors:
         """All parameters that are optimised, by name."""
         return self.of_model | self.of_likelihood
 
-    @property
+    @cached_property
     def of_model(self) -> Tensors:
         """The model's parameters that require gradients."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

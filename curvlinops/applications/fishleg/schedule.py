@@ -41,7 +41,7 @@ class AuxiliarySchedule:
 def check_numbers(**values: float) -> None:
     """Refuse what is negative or not finite."""
     for name, value in values.items():
-        if not (isfinite(value) and value >= 0):
+        if not isinstance(value, (int, float)) or not (isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a number that is not negative, got {value!r}.")
 
 

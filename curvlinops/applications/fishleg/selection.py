@@ -40,11 +40,9 @@ class Selection:
         return found
 
 
-def checked_patterns(what: str, patterns: Iterable[str]) -> tuple[str, ...]:
-    """The patterns of an argument; a string, which is a sequence of letters, is refused."""
-    if isinstance(patterns, str):
-        raise TypeError(f"{what}: expected a sequence of names, got the string {patterns!r}: write ({patterns!r},).")
-    return tuple(patterns)
+def patterns_of(names: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns of an argument; a string is one of them."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _matches(layer: str, patterns: Iterable[str]) -> bool:

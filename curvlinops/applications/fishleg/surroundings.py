@@ -89,6 +89,10 @@ class EndlessBatches:
     def __init__(self, data: Iterable[Any], generator: Generator, device: torch.device) -> None:
         if not isinstance(data, Iterable) or isinstance(data, Tensor | str | Mapping):
             raise TypeError(f"Expected a loader or list of batches, got {type(data).__name__}.")
+        if isinstance(data, tuple) and all(isinstance(part, Tensor) for part in data):
+            raise TypeError(
+                "Expected a loader or list of batches, got a tuple of tensors. Write [(X, y)] for one batch."
+            )
         self._data, self._generator, self._device = data, generator, device
         self._iterator: Iterator[Any] | None = None
         self._seed = self._position = 0

@@ -32,11 +32,12 @@ class LearnedInverseLinearOperator(LinearOperator):
     It is block-diagonal, with a block for each layer. That of a weight of outputs by inputs, its bias as a last column,
     is
 
-    .. math:: Q_l = s \, D_l (R R^\top \otimes L L^\top) D_l, \qquad
+    .. math:: Q_l = s \, D_l (L L^\top \otimes R R^\top) D_l, \qquad
         Q_l(W) = s \, D \circ \bigl(L L^\top (D \circ W) R R^\top\bigr),
 
-    with one positive number a weight in D, and lower triangular L (outputs) and R (inputs) with a positive diagonal;
-    ``"diagonal"`` blocks are :math:`s D^2`, ``"full"`` ones :math:`s L L^\top`. It begins at :math:`s I`. Each
+    (weights row by row, as everywhere here; column by column :math:`R R^\top \otimes L L^\top`), with one positive
+    number a weight in D, and lower triangular L (outputs) and R (inputs) with a positive diagonal; ``"diagonal"``
+    blocks are :math:`s D^2`, ``"full"`` ones :math:`s L L^\top`. It begins at :math:`s I`. Each
     :meth:`update` takes one step of Adam on the auxiliary loss :math:`\tfrac12 v^\top (A + \gamma I) v - u^\top v` of
     :math:`v = Q u`, which is least where v solves the system. A may change meanwhile: Q follows. It is evaluated at its
     factors as they are at each product; :meth:`frozen` and :meth:`linearize` keep a copy.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from curvlinops import LinearOperator, Space
+from curvlinops import CurvatureLinearOperator, LinearOperator, Space
 from curvlinops.applications.named_tensors import named_tensors
 
 
@@ -101,6 +101,8 @@ def _check_operator(Q: Any) -> None:
         raise TypeError(f"Q: expected a linear operator, got {type(Q).__name__}. Wrap a diagonal as Diagonal(...).")
     if not Q.SELF_ADJOINT:
         raise ValueError(f"Q: expected a symmetric operator, got {type(Q).__name__} of shape {Q.shape}.")
+    if isinstance(Q, CurvatureLinearOperator) and hasattr(Q, "inverse"):
+        raise TypeError(f"Q: {type(Q).__name__} is the curvature; pass its inverse: Q.inverse(damping).")
     if not hasattr(Q, "diagonal"):
         raise TypeError(
             f"Q: {type(Q).__name__} has no diagonal(), and finding it takes {Q.shape[0]} products (exact_diagonal). "

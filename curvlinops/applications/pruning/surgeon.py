@@ -189,8 +189,8 @@ def _schedule(values: Tensor, sparsity: float, steps: int) -> Iterator[int]:
 
 
 def _checked_sparsity(sparsity: float) -> float:
-    if not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected a number of at least 0 and below 1, got {sparsity}.")
+    if not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+        raise ValueError(f"sparsity: expected a number of at least 0 and below 1, got {sparsity!r}.")
     return float(sparsity)
 
 
