@@ -231,7 +231,7 @@ plt.show()
 
 # %%
 # In the long version Adam wins, by the step and by the clock: after 1000 steps the loss is 16.7 with Adam, 17.4 with
-# FishLeg and 17.9 with momentum. FishLeg gets below 18 in two thirds of the steps that momentum takes, but in three and
-# a half times the seconds: for a network as small as this one, a product with :math:`Q` takes as long as three steps of
-# momentum, and an auxiliary step, one in ten, as long as seven. What is learned counts: with the same settings and
+# FishLeg and 17.9 with momentum. FishLeg gets below 18 in two thirds of the steps that momentum takes, but in two and a
+# half times the seconds: for a network as small as this one, a product with :math:`Q` takes longer than a step of
+# momentum, and an auxiliary step, one in ten, as long as a dozen. What is learned counts: with the same settings and
 # nothing learned, 18 is not reached.

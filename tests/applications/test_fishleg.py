@@ -476,6 +476,93 @@ def test_modules_are_chosen_by_name() -> None:
             simple(Two().double(), **options)
 
 
+def test_parameters_that_are_frozen_or_freed_later_keep_still() -> None:
+    model, likelihood = network(), GaussianLikelihood(0.5).double()
+    nll = nll_of(likelihood)
+    batch = (noise(6, 2), noise(6, 3, seed=1))
+    opt = FishLeg(model, draw_of(likelihood), nll, [batch], likelihood, update_aux_every=1, aux_lr=1e-2)
+    for frozen in ([], [model[0].weight], [model[0].weight, likelihood.sigma], [likelihood.sigma]):
+        for p in (*model.parameters(), likelihood.sigma):
+            p.requires_grad_(not any(p is q for q in frozen))
+        before = [p.detach().clone() for p in (*model.parameters(), likelihood.sigma)]
+        opt.zero_grad()
+        nll(model, batch).backward()
+        opt.step()
+        opt.pretrain_fish([batch], nll, 1)
+        for p, old in zip((*model.parameters(), likelihood.sigma), before, strict=True):
+            assert torch.equal(p, old) == any(p is q for q in frozen)
+
+
+def test_loaders_of_the_user_are_not_disturbed() -> None:
+    """One loader for training and for auxiliary steps: with persistent workers, and with a generator of its own."""
+    data = TensorDataset(noise(12, 2), noise(12, 3, seed=1))
+
+    def order(every: int, **options: Any) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(data, 4, shuffle=True, generator=generator, **options)
+        model, likelihood = network(), FixedGaussianLikelihood(1.0)
+        nll = nll_of(likelihood)
+        opt = FishLeg(model, draw_of(likelihood), nll, loader, likelihood, update_aux_every=every)
+        seen = []
+        for _ in range(2):
+            for number, batch in enumerate(loader):
+                assert number < 3, "the epoch does not end"
+                seen.append(batch[0])
+                opt.zero_grad()
+                nll(model, batch).backward()
+                opt.step()
+        return seen
+
+    for options in ({}, {"num_workers": 1, "persistent_workers": True}):
+        assert all(torch.equal(a, b) for a, b in zip(order(0, **options), order(1, **options), strict=True)), options
+
+
+def test_what_is_odd_is_left_out_or_refused() -> None:
+    X = noise(5, 2)
+    norms = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 3)).double()
+    structure = simple(norms, structure="kronecker", skip_names=["2"]).Q.structure
+    assert structure == {"0": "kronecker", "1": "diagonal", "2": "identity"}
+    with pytest.raises(ValueError, match="'full' is one factor for all layers"):
+        simple(norms, structure="full", skip_names=["2"])
+    opt = simple(network(), structure="identity", update_aux_every=1)
+    opt.step()  # no gradient: nothing is due
+    opt._problem.model(X).sum().backward()
+    opt.step()
+    assert opt.Q.num_updates == 0
+    with pytest.raises(TypeError, match="save its state_dict"):
+        copy.deepcopy(opt)
+
+    diverged = simple(network(), update_aux_every=1, aux_lr=1e4, scale=1e3)
+    model = diverged._problem.model
+    model(X).square().sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match="Q has diverged"):
+        for _ in range(3):
+            diverged.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+    tuned, other = simple(network(), fine_tune=True), simple(network(), fish_lr=0.5, damping=0.3)
+    for state, message in [(other.state_dict(), "damping"), (simple(network()).state_dict(), "fine_tune")]:
+        with pytest.raises(ValueError, match=message):
+            tuned.load_state_dict(state)
+        assert tuned.param_groups[0]["lr"] == 0.05
+
+    with_none = network()
+    with_none.register_buffer("seen", None)
+    with_none.register_forward_pre_hook(lambda module, inputs: setattr(module, "seen", inputs[0]))
+    opt = simple(with_none, update_aux_every=1)
+    for p in with_none.parameters():
+        p.grad = torch.ones_like(p)
+    dense = simple(network(), update_aux_every=1)
+    for p in dense._problem.model.parameters():
+        p.grad = torch.ones_like(p)
+    dense.step()
+    with torch.autocast("cpu"):
+        opt.step()
+    assert with_none.seen is None
+    assert torch.equal(opt.Q.to_dense(), dense.Q.to_dense())
+
+
 def test_errors() -> None:
     model = network()
     for options, message in [

@@ -58,6 +58,9 @@ class GaussNewton:
 
     def on(self, X: Any, y: Any, seed: int) -> Product:
         """Its products on a batch; of the labels only the shape matters."""
+        if not isinstance(y, Tensor) or y.ndim == 0 or len(y) == 0:
+            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"draw: expected labels as a tensor with a row for each datum, got {got}.")
         self._batches[:] = [(X, y)]
         with torch.no_grad():
             scale = float(self._likelihood.loss_scale) / len(y)

@@ -21,6 +21,7 @@ from curvlinops.applications.fishleg.curvature import (
 from curvlinops.applications.fishleg.problem import BatchLoss, InverseSettings, Problem
 from curvlinops.applications.fishleg.selection import Selection
 from curvlinops.applications.fishleg.surroundings import EndlessBatches, drawn_seed, kept_buffers, own_randomness
+from curvlinops.applications.learned_inverse.checks import checked_state
 from curvlinops.applications.learned_inverse.layers import NamedLayer, named_layers
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 
@@ -66,18 +67,21 @@ class InverseLearner:
     def natural(self, gradients: Tensors) -> Tensors:
         """Q times the gradients; those that there are not count as zero."""
         gradients = self._whole(gradients)
-        result: Tensors = self.Q @ {name: gradients[name] for name in self._problem.of_model}
-        if self.likelihood_Q is not None:
-            result |= self.likelihood_Q @ {name: gradients[name] for name in self._problem.of_likelihood}
+        with self._full_precision():
+            result: Tensors = self.Q @ {name: gradients[name] for name in self._problem.of_model}
+            if self.likelihood_Q is not None:
+                result |= self.likelihood_Q @ {name: gradients[name] for name in self._problem.of_likelihood}
         return result
 
     def gradients(self, loss: BatchLoss, batch: Any) -> Tensors:
         """The gradients of a loss of a batch; nothing of the user's is touched."""
-        params = self._problem.params
+        params = {name: p for name, p in self._problem.params.items() if p.requires_grad}
         with self._undisturbed(), torch.enable_grad():
             value = scalar_of(loss(self._problem.model, batch), "loss")
-            found = torch.autograd.grad(value, list(params.values()), materialize_grads=True, allow_unused=True)
-        return dict(zip(params, found, strict=True))
+            if value.requires_grad:
+                found = torch.autograd.grad(value, list(params.values()), materialize_grads=True, allow_unused=True)
+                return dict(zip(params, found, strict=True))
+        raise ValueError("loss: it does not depend on parameters that require gradients.")
 
     def update(self, u: Tensors, lr: float) -> float | None:
         """One auxiliary step along u on the next batch.
@@ -113,6 +117,8 @@ class InverseLearner:
             name: u[name].to(Q.dtype) if name in u else torch.zeros(shape, dtype=Q.dtype, device=Q.device)
             for name, shape in zip(names, shapes, strict=True)
         }
+        if set(Q.structure.values()) == {"identity"}:
+            return 0.0
         Q.learning_rate = lr
         return Q.update(matvec, whole, precondition=self._settings.precondition)
 
@@ -130,8 +136,11 @@ class InverseLearner:
     def _of_likelihood(self, y: Any) -> Product:
         """The product with the Fisher matrix of the likelihood's parameters."""
         assert self._problem.likelihood is not None
-        diagonal = self._problem.likelihood.fisher_diagonal(y)
-        return lambda v: {n: d * entry for d, (n, entry) in zip(diagonal, v.items(), strict=True)}
+        likelihood = self._problem.likelihood
+        known = {id(p): d for p, d in zip(likelihood.get_parameters(), likelihood.fisher_diagonal(y), strict=True)}
+        # Those that were frozen meanwhile have no Fisher information any more.
+        diagonal = {name: known.get(id(p), 0.0) for name, p in self._problem.of_likelihood.items()}
+        return lambda v: {name: diagonal[name] * entry for name, entry in v.items()}
 
     def _whole(self, gradients: Tensors) -> Tensors:
         params = self._problem.params
@@ -140,8 +149,13 @@ class InverseLearner:
     @contextmanager
     def _undisturbed(self) -> Iterator[None]:
         """Random states of its own, from its generator, and buffers as they were."""
-        with own_randomness(drawn_seed(self._generator), self.device), kept_buffers(self._problem.model):
+        randomness = own_randomness(drawn_seed(self._generator), self.device)
+        with randomness, kept_buffers(self._problem.model), self._full_precision():
             yield
+
+    def _full_precision(self) -> torch.autocast:
+        """Without autocast, under which training may step: it would round what is to be inverted."""
+        return torch.autocast(self.device.type, enabled=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of all that is learned, and of where it stands."""
@@ -153,12 +167,18 @@ class InverseLearner:
             "num_skipped": self.num_skipped,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from where another learner of the same problem stood."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a state of another problem or of other settings."""
         if (state["likelihood_Q"] is None) != (self.likelihood_Q is None):
             raise ValueError(
                 "The state belongs to an optimiser whose likelihood learns other parameters than this one."
             )
+        checked_state(state["Q"], self.Q.state_dict())
+        if self.likelihood_Q is not None:
+            checked_state(state["likelihood_Q"], self.likelihood_Q.state_dict())
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from where another learner of the same problem stood; see :meth:`check_state`."""
         self.Q.load_state_dict(state["Q"])
         if self.likelihood_Q is not None:
             self.likelihood_Q.load_state_dict(state["likelihood_Q"])
@@ -180,5 +200,8 @@ def _structures(
     if isinstance(structure, str):
         if len(learned) == len(layers):
             return structure
-        return {name: structure if name in learned else "identity" for name in layers}
+        if structure == "full":
+            raise ValueError("structure: 'full' is one factor for all layers: it takes no module_names or skip_names.")
+        is_strict = structure == "kronecker"
+        structure = {n: "diagonal" if is_strict and not layers[n].has_matrix else structure for n in learned}
     return dict(structure) | {name: "identity" for name in layers if name not in learned}

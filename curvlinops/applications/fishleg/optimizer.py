@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from curvlinops.applications.fishleg.learner import InverseLearner
 from curvlinops.applications.fishleg.likelihoods import Likelihood
-from curvlinops.applications.fishleg.problem import BatchLoss, Draw, InverseSettings, Problem, gradients_of
+from curvlinops.applications.fishleg.problem import BatchLoss, Draw, InverseSettings, Problem, all_finite, gradients_of
 from curvlinops.applications.fishleg.schedule import AuxiliarySchedule, check_count, check_numbers
 from curvlinops.applications.fishleg.selection import Selection, patterns_of
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
@@ -32,8 +32,9 @@ class FishLeg(Optimizer):
     ``warmup_loss`` and the loaders run under random states of the optimiser's own; buffers are put back after them. The
     mode of the model is left as it is: with batch normalisation in training mode F is that of the network as it trains.
 
-    **Cost** of a step: a product with Q, less than a gradient; of an auxiliary step: about a forward for the draw, a
-    product with F (5/3 gradients, with the Hessian 3) and a backward through Q.
+    **Cost** of a step: a product with Q, O(out² in + out in²) a layer, which does not depend on the batch: small beside
+    the gradient of a large one, several times that of a small one. Of an auxiliary step: a forward for the draw, a
+    product with F (5/3 gradients, with the Hessian 3), two products with Q and a backward through it.
 
     **Reference**: Garcia et al. (2023), Fisher-Legendre (FishLeg) optimization of deep neural networks, ICLR 2023,
     https://openreview.net/forum?id=c9lAOPvQHS.
@@ -135,6 +136,7 @@ class FishLeg(Optimizer):
         self._num_steps_taken, self._is_warm = 0, warmup == 0
         self._named = self._problem.params
         super().__init__(list(self._named.values()), {"lr": fish_lr, "weight_decay": weight_decay, "beta": beta})
+        self._has_anchors = fine_tune
         for p in self._problem.of_model.values() if fine_tune else ():
             self.state[p]["anchor"] = p.detach().clone()
 
@@ -192,7 +194,7 @@ class FishLeg(Optimizer):
         gradients = gradients_of(self._named)
         if not self._is_warm:
             self.warmup_aux()
-        for _ in range(self._schedule.num_due(self._num_steps_taken)):
+        for _ in range(self._schedule.num_due(self._num_steps_taken) if gradients else 0):
             self.update_aux()
         self._move(gradients)
         self._num_steps_taken += 1
@@ -202,6 +204,8 @@ class FishLeg(Optimizer):
         """θ ← θ − lr (m + wd θ) with m ← βm + (1−β)Qg."""
         (group,) = self.param_groups
         natural = self._learner.natural(gradients) if gradients else {}
+        if not all_finite(natural.values()):
+            raise FloatingPointError("FishLeg: Q times the gradients is not finite: Q has diverged. Lower aux_lr.")
         for name in gradients:
             p, state = self._named[name], self.state[self._named[name]]
             work = natural[name].to(torch.promote_types(p.dtype, torch.float32))
@@ -259,11 +263,18 @@ class FishLeg(Optimizer):
         Raises:
             FloatingPointError: If a gradient or the curvature is not finite.
         """
+        check_count("iterations", iterations, 0)
         batches = self._learner.walk_over(dataloader)
         lr = self._schedule.lr if aux_lr is None else aux_lr
         return [self._learner.update(self._learner.gradients(loss, batches.next()), lr) for _ in range(iterations)]
 
     # ----------------------------------------------------------------------- state
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "FishLeg reads loaders and calls functions of yours, so it is not copied or pickled as a whole: save its "
+            "state_dict(), and load it into a FishLeg that is built in the same way."
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """Copies of momentum, Q, the auxiliary optimiser, random state and counters, but not of model or likelihood."""
@@ -274,18 +285,22 @@ class FishLeg(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from a state; with the same model and auxiliary batches, as if nothing had been in between.
 
-        The auxiliary batches that were read in the current pass are read again.
+        The auxiliary batches that were read in the current pass are read again. The parameter group, and betas and eps
+        of the auxiliary steps, come from the state; all other settings are those of this optimiser.
 
         Args:
             state_dict: What :meth:`state_dict` returned.
 
         Raises:
-            ValueError: If it is of another optimiser, or of another model.
+            ValueError: If it is of another optimiser, or of another model; then nothing has changed.
         """
         if "fishleg" not in state_dict:
             raise ValueError("FishLeg: the state has no entry 'fishleg', so it is of another optimiser.")
         state = copy.deepcopy(dict(state_dict))
         own = state.pop("fishleg")
+        self._learner.check_state(own)
+        if self._has_anchors != any("anchor" in kept for kept in state["state"].values()):
+            raise ValueError("FishLeg: the state and this optimiser differ in fine_tune.")
         super().load_state_dict(state)
         # The base class casts to the dtype of the parameters, which is too coarse for sums in half precision.
         for index, p in enumerate(self._named.values()):

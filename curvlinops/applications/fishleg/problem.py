@@ -138,9 +138,13 @@ def gradients_of(params: Mapping[str, Tensor]) -> Tensors:
     for name, gradient in found.items():
         if gradient.layout != torch.strided:
             raise NotImplementedError(f"FishLeg: the gradient of '{name}' is sparse, which is not supported.")
-    # One look at the device, not one for each parameter.
-    finite = [gradient.isfinite().all() for gradient in found.values()]
-    if finite and not bool(torch.stack([flag.to(finite[0].device) for flag in finite]).all()):
-        bad = [name for name, flag in zip(found, finite, strict=True) if not bool(flag)]
+    if not all_finite(found.values()):
+        bad = [name for name, gradient in found.items() if not bool(gradient.isfinite().all())]
         raise FloatingPointError(f"FishLeg: the gradients of {bad} are not finite. No parameter has been changed.")
     return found
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is infinite or NaN; one look at the device, not one for each tensor."""
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

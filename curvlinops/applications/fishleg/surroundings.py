@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Generator, Tensor, nn
+from torch.utils.data import DataLoader
 
 _END = object()
 
@@ -49,15 +51,15 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Put the buffers of a model back at the end, those too that were exchanged for others."""
     kept = [
-        (module, name, buffer, buffer.detach().clone())
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
         for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
+        for name, buffer in module._buffers.items()
     ]
     try:
         yield
     finally:
         for module, name, buffer, values in kept:
-            if not torch.equal(buffer, values):
+            if buffer is not None and values is not None and not torch.equal(buffer, values):
                 buffer.data.copy_(values)
             if getattr(module, name) is not buffer:
                 setattr(module, name, buffer)
@@ -93,7 +95,10 @@ class EndlessBatches:
             raise TypeError(
                 "Expected a loader or list of batches, got a tuple of tensors. Write [(X, y)] for one batch."
             )
-        self._data, self._generator, self._device = data, generator, device
+        self._data, self._generator, self._device = _own_copy(data), generator, device
+        # A loader that draws from a generator of the user's leaves it as it was.
+        drawn_from = (getattr(data, "generator", None), getattr(getattr(data, "sampler", None), "generator", None))
+        self._generators = list({id(g): g for g in drawn_from if isinstance(g, Generator)}.values())
         self._iterator: Iterator[Any] | None = None
         self._seed = self._position = 0
 
@@ -128,12 +133,33 @@ class EndlessBatches:
                 self._read()
 
     def _begin(self, seed: int) -> None:
-        with own_randomness(seed, self._device):
+        with self._own_randomness(seed):
             self._iterator = iter(self._data)
         self._seed, self._position = seed, 0
 
     def _read(self) -> Any:
         assert self._iterator is not None
         self._position += 1
-        with own_randomness(self._seed + self._position, self._device):
+        with self._own_randomness(self._seed + self._position):
             return next(self._iterator, _END)
+
+    @contextmanager
+    def _own_randomness(self, seed: int) -> Iterator[None]:
+        kept = [(generator, generator.get_state()) for generator in self._generators]
+        try:
+            with own_randomness(seed, self._device):
+                for generator in self._generators:
+                    generator.manual_seed(seed)
+                yield
+        finally:
+            for generator, state in kept:
+                generator.set_state(state)
+
+
+def _own_copy(data: Iterable[Any]) -> Iterable[Any]:
+    """A loader that shares no iterator with the user's, which persistent workers would make it do."""
+    if not isinstance(data, DataLoader):
+        return data
+    result = copy.copy(data)
+    vars(result).update(persistent_workers=False, _iterator=None)
+    return result
