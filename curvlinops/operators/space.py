@@ -220,6 +220,8 @@ def _as_one(columns: Sequence[Tensor]) -> Tensor | None:
         return None
     numel = sum(c[..., 0].numel() for c in columns)
     offset = first.storage_offset()
+    if any(c.requires_grad for c in columns):  # the graph of a matrix over their memory would be that of the first
+        return None
     for c in columns:
         same = c.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and c.storage_offset() == offset
         if numel == 0 or not same or c.stride(-1) != numel or not c[..., 0].is_contiguous():

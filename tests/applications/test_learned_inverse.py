@@ -17,7 +17,6 @@ from curvlinops import (
     InverseLinearOperator,
     TensorLinearOperator,
 )
-from curvlinops.applications.learned_inverse import structures
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 from tests.applications.test_named_layers import Conv1D
 
@@ -180,6 +179,17 @@ def test_every_parameter_of_other_layers_has_its_place() -> None:
     assert Q.structure["3"] == "diagonal"
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layers_without_outputs_change_nothing() -> None:
+    linear = nn.Linear(3, 2)
+    empty = [nn.Linear(3, 0), nn.ConvTranspose1d(4, 0, 2, groups=2)]
+    Q = taught(nn.Sequential(linear, *empty).double())
+    assert list(Q.structure.values()) == ["kronecker"] * 3
+    alone = taught(linear)
+    assert torch.equal(Q.to_dense(), alone.to_dense()) and torch.equal(Q.diagonal(), alone.diagonal())
+    assert torch.equal(Q.logdet(), alone.logdet())
+
+
 # -- structures --------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +214,7 @@ def test_tensors_without_a_model() -> None:
     }
 
 
-def test_structures_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_structures_by_layer() -> None:
     model = nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.Linear(3, 2), nn.Linear(2, 2)).double()
     Q = taught(model, structure={"0": "identity", "2": "full", "3": "diagonal"}, scale=2.0)
     assert Q.structure == {"0": "identity", "1": "diagonal", "2": "full", "3": "diagonal"}
@@ -216,10 +226,17 @@ def test_structures_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_close(Q.diagonal(), dense.diagonal())
     assert_close(Q.logdet(), torch.logdet(dense))
     assert set(taught(model, structure="kronecker").structure.values()) == {"kronecker", "diagonal"}
-    # A factor that is too large is not chosen, unless it is asked for.
-    monkeypatch.setattr(structures, "MAX_FACTOR_SIZE", 3)
-    assert LearnedInverseLinearOperator(model, damping=1.0).structure["2"] == "diagonal"
-    assert LearnedInverseLinearOperator(model, damping=1.0, structure="kronecker").structure["2"] == "kronecker"
+
+
+def test_no_factor_is_much_larger_than_its_weight() -> None:
+    """Unless it is asked for: a factor has at most 1024 rows, or 5000 and 16 times the entries of the weight."""
+    weights = {"words": (4900, 16), "most": (5000, 313), "more": (5001, 313), "one output": (1, 1024)}
+    wide = {"wide": (65, 1040), "wider": (64, 1040)}
+    tensors = {name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in (weights | wide).items()}
+    chosen = {n: LearnedInverseLinearOperator({n: t}, damping=1.0).structure[n] for n, t in tensors.items()}
+    assert [name for name, kind in chosen.items() if kind == "diagonal"] == ["words", "more", "wider"]
+    asked = LearnedInverseLinearOperator({"wider": tensors["wider"]}, damping=1.0, structure="kronecker")
+    assert asked.structure == {"wider": "kronecker"}
 
 
 def test_one_factor_for_all() -> None:
@@ -446,9 +463,15 @@ def test_nothing_changes_where_an_update_fails() -> None:
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_it_learns_without_gradients_around_it(around: Callable[[], Any]) -> None:
+    model = nn.Linear(3, 2).double()
     with around():
-        Q = taught(nn.Linear(3, 2).double())
-    assert_close(Q.to_dense(), taught(nn.Linear(3, 2).double()).to_dense())
+        Q = taught(model)
+    assert_close(Q.to_dense(), taught(model).to_dense())
+    again = LearnedInverseLinearOperator(model, damping=0.1)
+    with around():
+        again.load_state_dict(Q.state_dict())
+    assert again.fit(lambda v: v, 2) == Q.fit(lambda v: v, 2)
+    assert torch.equal(again.to_dense(), Q.to_dense())
 
 
 def test_errors() -> None:
@@ -466,6 +489,8 @@ def test_errors() -> None:
         (lambda: build(damping=-1.0), ValueError, "damping: expected"),
         (lambda: build(damping=0.0), ValueError, "pass the scale"),
         (lambda: build(scale=0.0), ValueError, "scale: expected a positive"),
+        (lambda: build(source=nn.Linear(2, 2), scale=1e-50), ValueError, "as torch.float32 has them, got 1e-50"),
+        (lambda: build(source=nn.Linear(2, 2), damping=1e300), ValueError, "got 1e-300; by default it is 1 / damping"),
         (lambda: build(lr=-1.0), ValueError, "learning rate"),
         (lambda: build(structure="kroneker"), ValueError, "expected one of auto, kronecker"),
         (lambda: build(structure={"2": "full"}), ValueError, r"no layers \['2'\]"),
@@ -492,6 +517,11 @@ def test_errors() -> None:
             lambda: build(source=nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)).double()).load_state_dict(state),
             ValueError,
             "factor D of layer '0'",
+        ),
+        (
+            lambda: Q.load_state_dict({**state, "factors": {"0": state["factors"]["0"], "2": {"L": noise(2, 2)}}}),
+            ValueError,
+            r"""\["D of '1'"\] are missing, and \["L of '2'"\] not known""",
         ),
         (lambda: Q.sample(0), ValueError, "num_samples"),
     ]

@@ -471,6 +471,101 @@ def test_what_the_user_owns_is_not_touched() -> None:
     assert not any(m._forward_hooks for m in model.modules()) and bool((diagonal["3.weight"] == 1).all())
 
 
+# -- rounding, indefinite matrices, autocast ---------------------------------------------------------------------------
+
+
+def scattered(seed: int) -> Tensor:
+    """A matrix of rank 3 and norm 4, with all directions mixed."""
+    Q, _ = torch.linalg.qr(noise(12, 12, seed=seed))
+    return (Q[:, :3] * torch.tensor([4.0, 1.0, 0.5])) @ Q[:, :3].T
+
+
+@pytest.mark.parametrize("damping", [1e-6, 1e-8, 1e-12])
+def test_closed_forms_that_rounding_spoils(damping: float) -> None:
+    """In single precision, a small damping makes the closed form wrong: the iteration is right and takes over."""
+    models = [{"w": noise(12, seed=seed).float()} for seed in (1, 2)]
+    matrices = [scattered(3), scattered(4)]
+    mean = (flat(models[0]) + flat(models[1])) / 2
+    expected = truth(matrices, [flat(m) for m in models], mean, damping, [1, 1])
+    roots = [torch.linalg.eigh(M) for M in matrices]
+    columns = [(V[:, -3:] * e[-3:].sqrt()).float() for e, V in roots]
+    for fishers in (
+        [TensorLinearOperator(M.float()) for M in matrices],
+        [LowRankLinearOperator(TensorLinearOperator(U)) for U in columns],
+    ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            found, info = merge(models, fishers, damping=damping, anchor="mean", return_info=True)
+        assert info.residual < 2e-5
+        np.testing.assert_allclose(flat(found), expected, atol=2e-3)
+
+
+def test_blocks_whose_inverse_is_refused_are_solved_by_iteration() -> None:
+    """A singular block that its tiny damping does not lift above rounding, next to one with a closed form."""
+    models = [{"w": noise(4, seed=s).float(), "b": noise(6, seed=s + 5).float()} for s in (1, 2)]
+    blocks_of = [(torch.diag(noise(4, seed=s).square().float()), torch.eye(6) - 1 / 6) for s in (3, 4)]
+    space = Space(((4,), (6,)), torch.float32, torch.device("cpu"), ("w", "b"))
+    fishers = [
+        BlockDiagonal([Diagonal(D.diagonal()), Kronecker(N, torch.ones(1))], positions=[[0], [1]], space=space)
+        for D, N in blocks_of
+    ]
+    found, info = merge(models, fishers, damping=1e-9, anchor="mean", return_info=True)
+    matrices = [torch.block_diag(D, N).double() for D, N in blocks_of]
+    mean = (flat(models[0]) + flat(models[1])) / 2
+    expected = truth(matrices, [flat(m) for m in models], mean, 1e-9, [1, 1])
+    np.testing.assert_allclose(flat(found), expected, atol=1e-5)
+    assert info.residual < 2e-5
+
+
+def test_a_system_that_is_not_solved_is_an_error() -> None:
+    """Eigenvalues over 12 decades, which a thousand iterations do not resolve; a right-hand side that is rounding."""
+    entries = torch.logspace(0, -12, 400, dtype=DOUBLE)
+    F = Products(torch.diag(entries), {"w": (400,)})
+    with pytest.warns(ConvergenceWarning), pytest.raises(ValueError, match=r"is not solved: a relative residual .* is"):
+        merge([{"w": 1 / entries}] * 2, [F, F], anchor={"w": 0 * entries})
+    # Models that differ where no matrix looks, but for rounding: nothing is asked of the system.
+    Q, _ = torch.linalg.qr(noise(12, 12, seed=1))
+    models = [{"w": Q[:, 11].float()}, {"w": -Q[:, 11].float()}]
+    with pytest.warns(ConvergenceWarning):
+        found = merge(models, [Products(M.float(), {"w": (12,)}) for M in (hidden(Q, 1.0), hidden(Q, 3.0))])
+    assert float(found["w"].norm()) < 1e-4
+
+
+def hidden(Q: Tensor, scale: float) -> Tensor:
+    """A matrix that does not see the last column of Q."""
+    return (Q[:, :11] * torch.linspace(scale, 0.1, 11)) @ Q[:, :11].T
+
+
+def test_indefinite_at_the_result() -> None:
+    """The differences to the anchor show positive curvature, those to the saddle point do not."""
+    A = Products(torch.diag(torch.tensor([2.0, -0.1], dtype=DOUBLE)), {"w": (2,)})
+    A.POSITIVE_SEMIDEFINITE = False
+    models = [{"w": torch.tensor([1.0, 0.5], dtype=DOUBLE)}, {"w": torch.tensor([1.0, -0.5], dtype=DOUBLE)}]
+    anchor = {"w": torch.tensor([0.0, 0.0], dtype=DOUBLE)}
+    for options in ({}, {"return_info": True}):
+        with pytest.raises(ValueError, match=r"fishers\[0\]: expected a positive .* its model and the result"):
+            merge(models, [A, A], damping=0.1, anchor=anchor, **options)
+
+
+def test_autocast_changes_nothing() -> None:
+    models = [{name: tensor.float() for name, tensor in tensors(seed).items()} for seed in (1, 2)]
+    pairs = [[F(seed)[1].float() for seed in (1, 2)] for F in (dense, own_factors)]
+    for matrices in pairs:
+        fishers = [TensorLinearOperator(M) for M in matrices]
+        plain = merge(models, fishers, damping=0.1)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = merge(models, fishers, damping=0.1)
+        assert all(torch.equal(plain[name], found[name]) for name in plain)
+
+
+def test_quadratic_forms_of_half_precision_matrices() -> None:
+    models = [{"w": torch.full((2,), value).half()} for value in (300.0, 0.0)]
+    for kind in (Diagonal({"w": torch.full((2,), 6e4).half()}), TensorLinearOperator(6e4 * torch.eye(2).half())):
+        F = kind.diagonal()[0].double()
+        info = merge(models, [kind, kind], return_info=True)[1]
+        np.testing.assert_allclose(info.quadratic_forms, [float(2 * F * 150**2)] * 2, rtol=1e-6)
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 TWO = [tensors(1), tensors(2)]
@@ -481,6 +576,12 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     (tensors(1), None, {}, TypeError, "expected a list of models"),
     (TWO, ONES, {}, TypeError, "fishers: expected a list"),
     (TWO, [ONES], {}, ValueError, "one for each of 2 models, got 1"),
+    (TWO, [ONES, None], {}, TypeError, r"fishers\[1\]: expected a Fisher matrix, got None"),
+    ([list(ONES.values())] * 2, [Products(torch.eye(8).double())] * 2, {}, ValueError, "as a module or a dict"),
+    ([ONES, {f"module.{n}": t for n, t in ONES.items()}], None, {}, ValueError, "'_orig_mod.'"),
+    ([ONES, TWO[1], {"head": ONES["b"]}], None, {}, ValueError, r"models\[2\] has no parameter name in common"),
+    ([ONES, {**ONES, "b": torch.ones(2, device="meta")}], None, {}, ValueError, "on the meta device"),
+    (TWO, None, {"damping": "a"}, TypeError, "damping: expected a number, got 'a'"),
     ([NAN, ONES], None, {}, ValueError, r"models\[0\], 'b': 1 of 2 entries are not finite"),
     (
         [ONES, {**ONES, "w": torch.ones(3, 3)}],

@@ -108,6 +108,8 @@ def test_nothing_is_written_where_something_is_refused() -> None:
         (flags, {"buffers": "average"}, ValueError, "'mask' holds torch.bool that differ"),
         (pair, {"buffers": "keep", "damping": -1.0}, ValueError, "damping"),
         ([wide, wide], {"buffers": "keep"}, ValueError, r"'out.bias': the module has shape \[5\]"),
+        (pair, {"buffers": {"norm.running_mean": [1, 2, 3]}}, TypeError, "expected a tensor, got list"),
+        (pair, {"buffers": {"norm.num_batches_tracked": torch.tensor(2.5)}}, ValueError, "torch.int64, which cannot"),
         ([{"out.bias": torch.ones(5)}], {"buffers": "keep"}, ValueError, "that none of the models has"),
     ]
     before = snapshot(target)
@@ -117,3 +119,18 @@ def test_nothing_is_written_where_something_is_refused() -> None:
         assert all(torch.equal(before[name], tensor) for name, tensor in target.state_dict().items()), message
     with pytest.raises(TypeError, match="expected a module, got dict"):
         merge_into(named, pair)  # type: ignore[arg-type]
+
+
+def test_values_are_rounded_once_to_the_modules_dtype() -> None:
+    """A half module does not become infinite, and a float32 module does not get what half precision left over."""
+    half = nn.Linear(1, 1, bias=False).half()
+    before = half.weight.clone()
+    with pytest.raises(ValueError, match=r"'weight': the result is beyond torch.float16"):
+        merge_into(half, [{"weight": torch.tensor([[1e6]])}])
+    assert torch.equal(half.weight, before)
+    target, value = nn.Linear(1, 1, bias=False), 1.0001
+    merge_into(target, [{"weight": torch.ones(1, 1).half()}, {"weight": torch.full((1, 1), 2 * value - 1)}])
+    torch.testing.assert_close(target.weight.detach(), torch.full((1, 1), value), rtol=1e-6, atol=0)
+    target.register_buffer("mask", torch.zeros(2))
+    merge_into(target, [target], buffers={"mask": torch.tensor([0.0, -torch.inf])})
+    assert target.get_buffer("mask").tolist() == [0.0, -torch.inf]

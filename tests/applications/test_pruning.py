@@ -281,6 +281,14 @@ def test_ties_whole_blocks_and_uncompensated() -> None:
     assert (flat(masks) == ~ranked(before, pairs()["dense"][1].numpy(), D // 2)).all()
 
 
+def test_scores_beyond_the_range_are_ranked_last() -> None:
+    """Not among what may not go at all."""
+    params = {"b": torch.tensor([1.0, 5.0]), "a": torch.tensor([1e25, 1.0, 2.0, 1e26])}
+    Q = Diagonal({"b": torch.ones(2), "a": torch.tensor([1e-40, 1.0, 1.0, 1e-40])})
+    prune(params, Q, 0.99, prunable=["a"])
+    assert params["b"].tolist() == [1, 5] and not params["a"].any()
+
+
 def test_prunable() -> None:
     """What may not go moves all the same; the share is of what may."""
     Q, M = pairs()["dense"]
@@ -337,6 +345,17 @@ def of_curvature() -> tuple[dict[str, Tensor], LinearOperator]:
     return params, KFACLinearOperator(model, nn.CrossEntropyLoss(), params, data, fisher_type="type-2")
 
 
+def of_inference_mode() -> Tensor:
+    with torch.inference_mode():
+        return torch.ones(4, dtype=F64)
+
+
+def separate(*tensors: Tensor) -> tuple[list[Tensor], LinearOperator, float]:
+    """Tensors of which the first could be written."""
+    params = [noise(4).clone(), *tensors]
+    return params, IdentityLinearOperator([tuple(t.shape) for t in params], dtype=F64), 0.5
+
+
 SHARED = noise(4, 3)
 REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "sparsity of 1": (ValueError, "below 1, got 1", lambda: (weights(), pairs()["dense"][0], 1.0)),
@@ -366,6 +385,9 @@ REFUSED: dict[str, tuple[type[Exception], str, Callable[[], Any]]] = {
     "tied": (
         ValueError, "several names", lambda: ({"a": SHARED, "b": SHARED}, IdentityLinearOperator([(4, 3)] * 2), 0.5)
     ),
+    "views of one memory": (ValueError, r"\['1', '2'\] share memory", lambda: separate(SHARED[1:], SHARED.T[:2])),
+    "expanded": (ValueError, r"\['1'\] share memory", lambda: separate(torch.ones(1, dtype=F64).expand(4))),
+    "of inference mode": (ValueError, "'1' is a tensor of inference mode", lambda: separate(of_inference_mode())),
     "beyond half precision": (
         ValueError, "'1' are beyond", lambda: ([torch.ones(1).half(), torch.full((1,), 6e4).half()], far(), 0.5)
     ),
@@ -405,6 +427,26 @@ def test_options_out_of_range(option: str) -> None:
     with pytest.raises(ValueError, match=message):
         prune(params, pairs()["dense"][0], 0.5, **{option: value})
     assert (flat(params) == flat(weights())).all()
+
+
+@pytest.mark.parametrize("matrix", [indefinite(), torch.ones(D, D, dtype=F64), noise(D, D, seed=9)])
+def test_large_indefinite_blocks_are_told(matrix: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the inverse is at hand, singular or not."""
+    monkeypatch.setattr(compensation, "DENSE_SIZE", 0)
+    params, symmetric = weights(), matrix + matrix.T
+    symmetric.diagonal().abs_()
+    with pytest.raises(ValueError, match="Q: expected a positive definite matrix, but in a block of 24 it is not"):
+        prune(params, TensorLinearOperator(symmetric), 0.5)
+    assert (flat(params) == flat(weights())).all()
+
+
+def test_disjoint_views_of_one_memory() -> None:
+    memory = noise(12)
+    grid, rest = memory[:8].view(4, 2), memory[8:]
+    views, apart = [grid[:, 0], grid[:, 1], rest], [grid[:, 0].clone(), grid[:, 1].clone(), rest.clone()]
+    for params in (views, apart):
+        prune(params, TensorLinearOperator(definite(12, 1)), 0.5)
+    assert (flat(views) == flat(apart)).all() and int((memory == 0).sum()) == 6
 
 
 def fails(Q: LinearOperator, iterations: int) -> bool:

@@ -116,6 +116,15 @@ def test_no_columns_are_a_matrix_too(space: Space, columns_first: bool) -> None:
         assert_equal(question @ A if columns_first else A @ question, question)
 
 
+@pytest.mark.parametrize("K", [1, 3])
+def test_merging_keeps_the_graph_of_each_part(K: int) -> None:
+    """Columns that lie side by side in one memory, as merging leaves them."""
+    space = named_space({"w": (2, 3), "b": (4,)})
+    rows, weights = noise(K, 10).requires_grad_(), noise(10, K, seed=1)
+    (Space.merge(space.split(rows.T)) * weights).sum().backward()
+    torch.testing.assert_close(rows.grad, weights.T)
+
+
 def test_answers_are_detached_and_inputs_are_left_alone() -> None:
     A = Diagonal({"w": torch.full((2, 2), 3.0), "b": torch.ones(2)})
     v = torch.nn.Parameter(torch.ones(6))

@@ -160,6 +160,12 @@ class LearnedBlocks:
         """What is learned, by layer and letter."""
         return {name: block.raw for name, block in self._blocks.items()}
 
+    def load(self, raw: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Overwrite what is learned, which :attr:`raw` holds."""
+        for name, factors in self.raw.items():
+            for letter, own in factors.items():
+                own.copy_(raw[name][letter])
+
     def product(self, X: Sequence[Tensor]) -> list[Tensor]:
         """Q times columns-last tensors, in the dtype of the factors; differentiable."""
         return self._each(X, LearnedBlock.product)

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from math import inf
 from typing import Any
 
+import torch
+
 
 def checked_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     """Refuse a state that does not go with the state of the operator that is to load it.
@@ -19,6 +21,12 @@ def checked_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     for key in ("damping", "scale", "structure"):
         if state[key] != own[key]:
             raise ValueError(f"state: it has {key} {state[key]!r}, this operator {own[key]!r}: build it with the same.")
+    expected, found = _names(own["factors"]), _names(state["factors"])
+    if expected != found:
+        raise ValueError(
+            f"state: expected the factors of this operator, but {sorted(expected - found)} are missing, and "
+            f"{sorted(found - expected)} not known: build it for the same parameters."
+        )
     for name, factors in own["factors"].items():
         for letter, mine in factors.items():
             theirs = state["factors"][name][letter]
@@ -29,8 +37,12 @@ def checked_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
                 )
 
 
-def checked_numbers(damping: float, scale: float | None) -> tuple[float, float]:
-    """Damping and scale as numbers; the scale is by default one over the damping.
+def _names(factors: Mapping[str, Mapping[str, Any]]) -> set[str]:
+    return {f"{letter} of '{name}'" for name, letters in factors.items() for letter in letters}
+
+
+def checked_numbers(damping: float, scale: float | None, dtype: torch.dtype) -> tuple[float, float]:
+    """Damping and scale as numbers; the scale is by default one over the damping, and normal in the dtype.
 
     Raises:
         ValueError: If one is out of range, or the damping is zero and there is no scale.
@@ -41,6 +53,10 @@ def checked_numbers(damping: float, scale: float | None) -> tuple[float, float]:
         if damping == 0:
             raise ValueError("scale: with damping=0 there is no default 1 / damping: pass the scale to begin at.")
         scale = 1 / damping
-    if not 0 < scale < inf:
-        raise ValueError(f"scale: expected a positive number, got {scale!r}.")
+    range_of = torch.finfo(dtype)
+    if not range_of.tiny <= scale <= range_of.max:
+        raise ValueError(
+            f"scale: expected a positive number, and from {range_of.tiny:.1e} to {range_of.max:.1e} as {dtype} has "
+            f"them, got {scale!r}; by default it is 1 / damping."
+        )
     return float(damping), float(scale)

@@ -69,8 +69,10 @@ class OutputsByInputs:
     @property
     def shape(self) -> tuple[int, int]:
         """Number of outputs, and of inputs of one of them, the bias included."""
-        rows = self.weight[1] * self.groups if self.is_transposed else self.weight[0]
-        return rows, (prod(self.weight) // rows if rows else 0) + self.has_bias
+        outputs, inputs = self.weight[0], self.weight[1]
+        if self.is_transposed:
+            outputs, inputs = inputs * self.groups, self._inputs_of_group
+        return outputs, inputs * prod(self.weight[2:]) + self.has_bias
 
     def matrix(self, tensors: Sequence[Tensor]) -> Tensor:
         """Columns-last tensors ``[*shape, K]`` as matrices ``[K, out, in]``."""

@@ -53,10 +53,10 @@ class LearnedInverseLinearOperator(LinearOperator):
             more axes are matrices of their own, first axis by the rest, and the layers are called ``x``, or as their
             tensor.
         damping: The number γ.
-        structure: ``"auto"``: Kronecker products for weights whose factors have at most 5000 rows, diagonals for larger
-            ones, norms and the rest. ``"kronecker"``: whatever the size. ``"diagonal"``, and ``"identity"``, which
-            learns nothing. ``"full"``: one triangular factor for all parameters. Or a dict from names of layers to
-            these, with ``"full"`` for one factor for the layer; layers that it does not name are ``"auto"``.
+        structure: ``"auto"``: Kronecker products for weights whose factors have at most 1024 rows, or at most 5000 and
+            no more than 16 times the entries of the weight; else diagonals, and for norms. ``"kronecker"``: whatever
+            the size. ``"diagonal"``, and ``"identity"``, which learns nothing. ``"full"``: one triangular factor for
+            all parameters. Or a dict of these by layer, ``"full"`` for one factor a layer, ``"auto"`` where none is.
         scale: The number s; by default 1/γ, the inverse where A is zero.
         seed: Seed of the directions that :meth:`fit` draws.
         lr: Learning rate of Adam.
@@ -99,7 +99,7 @@ class LearnedInverseLinearOperator(LinearOperator):
         tensors, self.layers = trainable_tensors(params_or_model, "params_or_model")
         space = space_of(tensors, "params_or_model")
         super().__init__(space, space)
-        self.damping, self.scale = checked_numbers(damping, scale)
+        self.damping, self.scale = checked_numbers(damping, scale, torch.promote_types(space.dtype, torch.float32))
         with torch.inference_mode(False):
             self._blocks = blocks_of(space, self.layers, structure, self.scale)
         learned = [raw for factors in self._blocks.raw.values() for raw in factors.values()]
@@ -273,12 +273,10 @@ class LearnedInverseLinearOperator(LinearOperator):
         """
         checked_state(state, self.state_dict())
         self._own_generator().set_state(state["generator"].cpu())
-        if self._adam is not None:
-            self._adam.load_state_dict(copy.deepcopy(state["adam"]))
         with torch.inference_mode(False), torch.no_grad():
-            for name, factors in self._blocks.raw.items():
-                for letter, raw in factors.items():
-                    raw.copy_(state["factors"][name][letter])
+            if self._adam is not None:
+                self._adam.load_state_dict(copy.deepcopy(state["adam"]))
+            self._blocks.load(state["factors"])
         self.num_updates = int(state["num_updates"])
 
     def frozen(self) -> LearnedInverseLinearOperator:
@@ -308,6 +306,5 @@ class LearnedInverseLinearOperator(LinearOperator):
         return True
 
     def _repr_extra(self) -> str:
-        kinds = Counter(self.structure.values())
-        blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+        blocks = ", ".join(f"{count} {kind}" for kind, count in Counter(self.structure.values()).items())
         return f", damping {self.damping:.3g}, blocks: {blocks}, {self.num_updates} updates"

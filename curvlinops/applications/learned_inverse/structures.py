@@ -14,9 +14,12 @@ from curvlinops.applications.learned_inverse.layers import NamedLayer, named_lay
 from curvlinops.applications.learned_inverse.layouts import Layout, OneColumn, OutputsByInputs
 from curvlinops.applications.named_tensors import named_tensors
 
-#: A Kronecker product with a factor of more rows is not chosen unless asked for; nor is the matrix of an embedding of
-#: many words, whose factor would be larger than the weight.
+#: A Kronecker product with a factor of more rows is not chosen unless asked for.
 MAX_FACTOR_SIZE = 5000
+#: Nor is one with a factor of more than so many times the entries of the weight, as for an embedding of many words;
+MAX_FACTOR_RATIO = 16
+#: but one of at most so many rows costs little whatever the weight, as for the one output of a regression.
+SMALL_FACTOR_SIZE = 1024
 
 
 def trainable_tensors(source: Any, what: str) -> tuple[dict[str, Tensor], dict[str, NamedLayer]]:
@@ -108,8 +111,8 @@ def _block_of(name: str, layer: NamedLayer, wanted: str, space: Space, scale: fl
     if layer.weight is not None and len(space.shapes[0]) > 1:
         matrix = OutputsByInputs(space.shapes[0], layer.bias is not None, layer.is_transposed, layer.groups)
     if wanted == "auto":
-        is_matrix = layer.has_matrix and matrix is not None and max(matrix.shape) <= MAX_FACTOR_SIZE
-        wanted = "kronecker" if is_matrix else "diagonal"
+        is_chosen = layer.has_matrix and matrix is not None and _has_small_factors(*matrix.shape)
+        wanted = "kronecker" if is_chosen else "diagonal"
     if wanted != "kronecker":
         return _block(OneColumn(space.shapes), wanted, space, scale)
     if matrix is None:
@@ -118,6 +121,12 @@ def _block_of(name: str, layer: NamedLayer, wanted: str, space: Space, scale: fl
             "Kronecker product: use 'diagonal'."
         )
     return _block(matrix, wanted, space, scale)
+
+
+def _has_small_factors(rows: int, columns: int) -> bool:
+    """Whether both factors of a matrix are small, by themselves or beside it."""
+    size = max(rows, columns)
+    return size <= SMALL_FACTOR_SIZE or (size <= MAX_FACTOR_SIZE and size**2 <= MAX_FACTOR_RATIO * rows * columns)
 
 
 def _block(layout: Layout, structure: str, space: Space, scale: float) -> LearnedBlock:

@@ -14,6 +14,9 @@ from curvlinops import Diagonal, IdentityLinearOperator, LinearOperator, Space
 from curvlinops.applications.merging.models import Models
 from curvlinops.applications.named_tensors import as_operator, named_tensors
 
+#: By how much a Fisher matrix may fail to be positive: dᵀFd relative to ‖d‖ ‖Fd‖.
+_NEGATIVE = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Fisher:
@@ -27,15 +30,42 @@ class Fisher:
     operator: LinearOperator
     names: tuple[str, ...]
 
-    def quadratic_form(self, delta: Mapping[str, Tensor]) -> float:
-        """δᵀ F δ.
+    def quadratic_form(self, delta: Mapping[str, Tensor], what: str, energy: float) -> float:
+        """δᵀ F δ, in the dtype and on the device of δ.
 
         Args:
             delta: δ by name, of which the parameters of the matrix are taken.
+            what: How messages call the matrix.
+            energy: See :func:`checked_form`.
+
+        Raises:
+            ValueError: If it shows that the matrix is not positive semi-definite.
         """
-        space = self.operator.domain
-        flat = torch.cat([delta[name].flatten() for name in self.names]).to(dtype=space.dtype, device=space.device)
-        return float(flat.double() @ (self.operator @ flat).double())
+        flat = torch.cat([delta[name].flatten() for name in self.names])
+        space = _space(delta, self.names, flat.dtype, flat.device)
+        return checked_form(flat, self.operator.embedded(space, self.names) @ flat, what, "the result", energy)
+
+
+def checked_form(d: Tensor, Fd: Tensor, what: str, other: str, energy: float = 0.0) -> float:
+    """dᵀFd, which must not be negative but for rounding.
+
+    Args:
+        d: The difference between a model and another point ``[D]``.
+        Fd: Its product ``[D]``.
+        what: How messages call the matrix F.
+        other: How messages call the other point.
+        energy: What dᵀFd is of the order of at the anchor: where Fd is all rounding, its sign says nothing.
+
+    Raises:
+        ValueError: If it is negative.
+    """
+    form = float(d.double() @ Fd.double())
+    if form < -_NEGATIVE * max(float(d.double().norm() * Fd.double().norm()), energy):
+        raise ValueError(
+            f"{what}: expected a positive semi-definite matrix F, but dᵀFd = {form:.3g} for the difference d between "
+            f"its model and {other}. A generalised Gauss-Newton matrix is one, a Hessian need not be."
+        )
+    return form
 
 
 def read_fishers(fishers: Sequence[Any] | None, models: Models, normalize: bool, floor: float) -> list[Fisher]:
@@ -81,6 +111,8 @@ def _space(tensors: Mapping[str, Tensor], names: Sequence[str], dtype: torch.dty
 
 def _read(given: Any, tensors: Mapping[str, Tensor], space: Space, what: str) -> Fisher:
     """A Fisher matrix on some parameters of a model, or on all where it has no names."""
+    if given is None:
+        raise TypeError(f"{what}: expected a Fisher matrix, got None. Leave out fishers=, or pass a diagonal of zeros.")
     if isinstance(given, LinearOperator):
         names, dtype, device = given.domain.names or tuple(tensors), given.dtype, given.device
     else:
@@ -88,7 +120,8 @@ def _read(given: Any, tensors: Mapping[str, Tensor], space: Space, what: str) ->
         dtype, device = space.dtype, space.device
     unknown = [name for name in names if name not in tensors]
     if unknown:
-        raise ValueError(f"{what}: its model has no parameters {unknown}; it has {list(tensors)}.")
+        hint = " A list has positions for names: pass the model as a module or a dict." if "0" in tensors else ""
+        raise ValueError(f"{what}: its model has no parameters {unknown}; it has {list(tensors)}.{hint}")
     space = _space(tensors, names, dtype, device)
     operator = as_operator(given, space, what)
     if operator is given and isinstance(operator, Diagonal):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import LinearOperator
-from curvlinops.applications.merging.merge import MergeInfo, Model, merge
+from curvlinops.applications.merging.merge import MergeInfo, Model, merged_values
 from curvlinops.applications.merging.models import weighted_mean
 from curvlinops.applications.merging.solve import Solver
 
@@ -35,11 +35,13 @@ def merge_into(
 ) -> MergeInfo:
     """Merge models and write the result into a module, in place: its parameters and, if asked for, its buffers.
 
-    The parameters keep their identity, dtype, device and ``requires_grad``; weights that the module ties stay tied. The
+    The parameters keep their identity, dtype, device and ``requires_grad``; values are rounded once, to the module's
+    dtype, which must hold them. Weights that the module ties stay tied. The
     module may be one of the models. It is changed only when everything else has succeeded.
 
     Averaged running statistics of batch normalisation are not those of the merged network. Where there are data,
-    compute them anew: set ``momentum=None`` on these layers and run the network over data in training mode.
+    compute them anew: call ``reset_running_stats()`` of these layers, set their ``momentum=None``, and run the network
+    over the data in training mode.
 
     **Cost**: that of :func:`merge` with ``return_info``.
 
@@ -67,7 +69,7 @@ def merge_into(
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If names, shapes or buffers do not fit, or :func:`merge` refuses.
+        ValueError: If names, shapes, dtypes or buffers do not fit, or :func:`merge` refuses.
 
     >>> layers = [nn.Linear(2, 1) for _ in range(3)]
     >>> info = merge_into(layers[0], layers[1:])
@@ -77,7 +79,7 @@ def merge_into(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a module, got {type(model).__name__}.")
     weights = None if weights is None else [float(weight) for weight in weights]
-    merged, info = merge(
+    _, merged, info = merged_values(
         models,
         fishers,
         weights=weights,
@@ -98,6 +100,7 @@ def merge_into(
             "strict=False to leave them out of the module."
         )
     writes += _buffer_writes(model, models, buffers, weights)
+    assert info is not None
     with torch.inference_mode(False), torch.no_grad():
         for target, value in writes:
             target.copy_(value)
@@ -114,7 +117,18 @@ def _writes(targets: Mapping[str, Tensor], values: Mapping[str, Tensor], what: s
             raise ValueError(
                 f"{what} '{name}': the module has shape {list(target.shape)}, the result {list(values[name].shape)}."
             )
-    return [(target, values[name]) for name, target in targets.items()]
+    return [(target, _rounded(values[name], target, f"{what} '{name}'")) for name, target in targets.items()]
+
+
+def _rounded(value: Tensor, target: Tensor, what: str) -> Tensor:
+    """A copy in the target's dtype and on its device, since a module may be one of the models."""
+    result = value.detach().to(dtype=target.dtype, device=target.device, copy=True)
+    # Some buffers hold infinite entries, such as masks, and may keep them.
+    if not torch.equal(result.isfinite(), value.to(result.device).isfinite()):
+        raise ValueError(f"{what}: the result is beyond {target.dtype}, the module's dtype, which makes it infinite.")
+    if not (target.is_floating_point() or target.is_complex() or torch.equal(result.to(value), value)):
+        raise ValueError(f"{what}: the module has {target.dtype}, which cannot hold the new {value.dtype}.")
+    return result
 
 
 def _buffer_writes(
@@ -137,14 +151,16 @@ def _buffer_writes(
     else:
         raise ValueError(f"buffers: expected 'keep', 'first', 'average', or tensors by name, got {choice!r}.")
     chosen = {name: tensor for name, tensor in own.items() if name in values}
-    # A copy, since the module may be one of the models.
-    return [(target, value.clone()) for target, value in _writes(chosen, values, "buffer")]
+    return _writes(chosen, values, "buffer")
 
 
 def _given_buffers(choice: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     unknown = [name for name in choice if name not in own]
     if unknown:
         raise ValueError(f"buffers: the module has no buffers {unknown}; it has {list(own)}.")
+    for name, value in choice.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"buffers, '{name}': expected a tensor, got {type(value).__name__}.")
     return choice
 
 

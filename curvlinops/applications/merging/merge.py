@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
+from math import inf, isfinite
 from typing import Any, Literal, overload
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from curvlinops import LinearOperator
 from curvlinops.applications.merging.fishers import Fisher, read_fishers
 from curvlinops.applications.merging.models import Models
-from curvlinops.applications.merging.solve import Solution, Solver
+from curvlinops.applications.merging.solve import Solver
 from curvlinops.applications.merging.system import Point, System
 from curvlinops.applications.named_tensors import named_tensors
 
@@ -98,7 +98,7 @@ def merge(
     \lVert \theta - a \rVert^2`,
 
     .. math::
-        \theta = a + \Big(\sum_t w_t F_t + \lambda I\Big)^{-1} \sum_t w_t F_t (\theta_t - a),
+        \theta = a + \bigl(\sum_t w_t F_t + \lambda I\bigr)^{-1} \sum_t w_t F_t (\theta_t - a),
 
     so that entries and directions which no Fisher matrix sees stay at the anchor. Without Fisher matrices it is the
     (weighted) average; with diagonals it is Fisher merging, with forward-only KFAC of linear layers RegMean, with KFAC
@@ -108,9 +108,11 @@ def merge(
     merged from these; a Fisher matrix that does not cover a parameter counts as zero there. Weights that a module ties
     are one parameter; a dict that has one tensor under two names has two. Each result has the dtype and the device of
     the first model that has the parameter. The system is solved in the widest dtype of the models, float32 at least, on
-    the device of the first parameter, to which the others are moved.
+    the device of the first parameter, to which the others are moved; a surrounding autocast is left out. A model that
+    shares no name with any other is refused.
 
-    **Cost**: a product with each Fisher matrix, and the solution: O(D) for diagonals, Woodbury's identity for low rank,
+    **Cost**: two products with each Fisher matrix, one more with each that is not known to be positive semi-definite
+    (both are to verify), and the solution: O(D) for diagonals, Woodbury's identity for low rank,
     decompositions of the factors for Kronecker products that share one, iterations else, of a product with each Fisher
     matrix; those that are block-diagonal alike are solved block by block.
 
@@ -121,29 +123,33 @@ def merge(
     Args:
         models: Modules, or dicts or lists of tensors. They are not changed.
         fishers: For each model an operator, positive semi-definite, on all or on some of its parameters, or a diagonal
-            as a dict or list of tensors. Operators without names act on all parameters in order. By default identities.
+            as a dict or list of tensors. Operators without names act on all parameters in order; those that
+            carry the names of a module need the model as a module or a dict. By default identities.
         weights: A non-negative number for each model; by default ones.
         damping: λ. With λ = 0, closed forms are pseudo-inverses, for which eigenvalues below the rounding of the dtype
             (size times eps times the largest) are zero: small ones that matter need float64 or a damping.
         anchor: a: ``"zero"``, ``"mean"`` (the weighted mean of the models that have the parameter), or tensors. With
             λ = 0, ``"zero"`` means ``"mean"``.
         solver: Makes the inverse of an operator, such as ``lambda A: CGInverseLinearOperator(A, rtol=1e-8)``; it is
-            asked for the correction of x0. By default closed forms and, where there is none, what
-            :class:`InverseLinearOperator` chooses.
+            asked for the correction of x0. By default closed forms and, where there is none or rounding spoils it,
+            conjugate gradients or MINRES.
         x0: Where iterations begin: ``"mean"``, ``"anchor"``, or tensors. With λ = 0 both words mean the anchor, since
-            an iteration never leaves its start in directions that no Fisher matrix sees: tensors stay there instead.
+            an iteration never leaves its start in directions that no Fisher matrix sees: with tensors they stay there
+            instead. Closed forms, and systems whose right-hand side is zero, do not ask for x0: there they stay at the
+            anchor.
         normalize: Whether to divide each Fisher matrix by its Frobenius norm (Matena, Raffel, 2022).
         floor: Least entry of Fisher matrices, which must be diagonals, after they are normalised.
         unmerged: What becomes of parameters that no Fisher matrix covers: ``"average"``, the weighted mean over the
             models that have them, ``"anchor"``, or ``"error"``.
-        return_info: Whether to return what was done, too. Cost: two products with each Fisher matrix.
+        return_info: Whether to return what was done, too. Cost: a product with each Fisher matrix.
 
     Returns:
         The parameters by name, as tensors of their own; with ``return_info`` also a :class:`MergeInfo`.
 
     Raises:
         TypeError: If an argument is of the wrong kind.
-        ValueError: If numbers, names, shapes or values do not fit, or an option cannot be followed.
+        ValueError: If numbers, names, shapes or values do not fit, an option cannot be followed, a Fisher matrix turns
+            out not to be positive semi-definite, or the system is not solved.
 
     >>> models = [{"w": torch.tensor([1.0, 1.0])}, {"w": torch.tensor([3.0, 3.0])}]
     >>> merge(models)["w"].tolist()
@@ -152,6 +158,41 @@ def merge(
     [1.5, 2.0]
     """
     with torch.inference_mode(False), torch.no_grad():
+        read, values, info = merged_values(
+            models,
+            fishers,
+            weights=weights,
+            damping=damping,
+            anchor=anchor,
+            solver=solver,
+            x0=x0,
+            normalize=normalize,
+            floor=floor,
+            unmerged=unmerged,
+            return_info=return_info,
+        )
+        merged = {name: read.written(name, value) for name, value in values.items()}
+    return merged if info is None else (merged, info)
+
+
+def merged_values(
+    models: Sequence[Model],
+    fishers: Sequence[Any] | None,
+    *,
+    weights: Iterable[float] | None,
+    damping: float,
+    anchor: str | Model,
+    solver: Solver | None,
+    x0: str | Model,
+    normalize: bool,
+    floor: float,
+    unmerged: str,
+    return_info: bool,
+) -> tuple[Models, dict[str, Tensor], MergeInfo | None]:
+    """The models, the merged parameters in the dtype of the system, and what was done; see :func:`merge`."""
+    # Nothing of this is for the half precision of a surrounding autocast.
+    no_autocast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), no_autocast[0], no_autocast[1]:
         damping = _checked_damping(damping)
         _checked_choice(unmerged, ("average", "anchor", "error"), "unmerged")
         read = Models(models, weights)
@@ -160,21 +201,32 @@ def merge(
         start = _start(x0, read, damping)
         system = System(read, matrices, point, damping)
         rest = _unmerged(unmerged, [name for name in read.first if name not in system.names])
-        found, solution = system.solve(start, solver)
+        found, solution, residual = system.solve(start, solver)
         values = {name: found[name] if name in found else (point if rest else read.mean)(name) for name in read.first}
-        merged = {name: read.written(name, value) for name, value in values.items()}
-        return (merged, _info(read, matrices, system, solution, values)) if return_info else merged
+        _check_finite(values)
+        forms = _quadratic_forms(read, matrices, values, system.energy, return_info)
+    if not return_info:
+        return read, values, None
+    rise = sum(weight / 2 * form for weight, form in zip(read.weights, forms, strict=True))
+    return read, values, MergeInfo(residual, solution.iterations, forms, rise, solution.method)
 
 
-def _info(
-    models: Models, fishers: Sequence[Fisher], system: System, solution: Solution, values: Mapping[str, Tensor]
-) -> MergeInfo:
+def _check_finite(values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"The merged '{name}' is not finite in {value.dtype}. Pass a larger damping, or float64.")
+
+
+def _quadratic_forms(
+    models: Models, fishers: Sequence[Fisher], values: Mapping[str, Tensor], energy: float, with_all: bool
+) -> tuple[float, ...]:
+    """δᵀF_t δ of each model, or of those alone whose matrix is not known to be positive, since they are checked."""
     forms = []
-    for fisher, tensors in zip(fishers, models.tensors, strict=True):
-        delta = {name: values[name] - models.moved(tensors[name]) for name in fisher.names}
-        forms.append(fisher.quadratic_form(delta))
-    rise = sum(weight / 2 * form for weight, form in zip(models.weights, forms, strict=True))
-    return MergeInfo(system.residual(solution.x), solution.iterations, tuple(forms), rise, solution.method)
+    for t, (fisher, tensors, weight) in enumerate(zip(fishers, models.tensors, models.weights, strict=True)):
+        if with_all or (weight and not fisher.operator.POSITIVE_SEMIDEFINITE):
+            delta = {name: values[name] - models.moved(tensors[name]) for name in fisher.names}
+            forms.append(fisher.quadratic_form(delta, f"fishers[{t}]", energy / weight if weight else inf))
+    return tuple(forms)
 
 
 def _anchor(anchor: Any, models: Models, damping: float) -> Point:
@@ -231,7 +283,10 @@ def _checked_choice(value: Any, words: Sequence[str], what: str) -> None:
 
 
 def _checked_damping(damping: Any) -> float:
-    number = float(damping)
+    try:
+        number = float(damping)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"damping: expected a number, got {damping!r}.") from error
     if not (isfinite(number) and number >= 0):
         raise ValueError(f"damping: expected a finite number of at least 0, got {number}.")
     return number

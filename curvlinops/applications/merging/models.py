@@ -42,6 +42,7 @@ class Models:
         for number, tensors in enumerate(self.tensors):
             for name, tensor in tensors.items():
                 _check(tensor, self.first.setdefault(name, tensor), f"models[{number}], '{name}'")
+        _check_common_names(self.tensors)
         dtype = torch.float32
         for tensors in self.tensors:
             for tensor in tensors.values():
@@ -99,9 +100,28 @@ def _checked_weights(weights: Iterable[Any] | None, num_models: int) -> list[flo
     return found
 
 
+def _check_common_names(models: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse a model that has no parameter in common with any other: nothing of it would be merged."""
+    for number, own in enumerate(models):
+        others = {name for other in models if other is not own for name in other}
+        if len(models) > 1 and others.isdisjoint(own):
+            raise ValueError(
+                f"models[{number}] has no parameter name in common with any other model: it has {_some(own)}, the "
+                f"others {_some(others)}. Are there prefixes such as 'module.' (of parallel modules) or '_orig_mod.' "
+                "(of compiled ones)? Pass the module inside, model.module or model._orig_mod, or rename the tensors."
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    shown = sorted(names)
+    return f"{shown[:3]}" if len(shown) <= 3 else f"{shown[:3]} and {len(shown) - 3} more"
+
+
 def _check(tensor: Tensor, first: Tensor, what: str) -> None:
     if not tensor.is_floating_point():
         raise ValueError(f"{what}: expected real numbers, got {tensor.dtype}. Leave out what is not a parameter.")
+    if tensor.is_meta:
+        raise ValueError(f"{what} is on the meta device: expected a tensor with values.")
     if tensor.shape != first.shape:
         raise ValueError(
             f"{what} has shape {list(tensor.shape)}, but {list(first.shape)} in a model before it. Rename one of them, "

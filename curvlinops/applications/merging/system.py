@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from curvlinops import LinearOperator, Space
-from curvlinops.applications.merging.fishers import Fisher
+from curvlinops.applications.merging.fishers import Fisher, checked_form
 from curvlinops.applications.merging.models import Models
-from curvlinops.applications.merging.solve import Solution, Solver, solve, solve_by
+from curvlinops.applications.merging.solve import Solution, Solver, relative_residual, solve, solve_by
 
 #: The value of a parameter by its name.
 Point = Callable[[str], Tensor]
 
-#: By how much a Fisher matrix may fail to be positive: δᵀFδ relative to ‖δ‖ ‖Fδ‖.
-_NEGATIVE = 1e-3
+#: The relative residual beyond which a solution is none.
+_FAILED = 0.1
 
 
 class System:
@@ -36,6 +36,7 @@ class System:
         anchor: a, as one vector ``[D]``.
         matrix: Σ w_t F_t + λI.
         right: Σ w_t F_t (θ_t - a) ``[D]``.
+        energy: Σ w_t (θ_t - a)ᵀF_t(θ_t - a).
 
     Raises:
         ValueError: If a product is not finite, or a matrix turns out not to be positive semi-definite.
@@ -49,17 +50,19 @@ class System:
         self.space: Space = models.space.select(chosen)
         self.damping = damping
         self.anchor = self.flat(anchor)
-        self.right = torch.zeros_like(self.anchor)
+        self.right, self.energy = torch.zeros_like(self.anchor), 0.0
+        self._reach = float(self.anchor.norm())
         terms = []
         for t in used:
             term = (models.weights[t] * fishers[t].operator).embedded(self.space, fishers[t].names)
-            self.right += self._product(term, self._difference(models, t, set(fishers[t].names)), t)
+            self._add(term, self._difference(models, t, set(fishers[t].names)), f"fishers[{t}]")
             terms.append(term)
         total = functools.reduce(operator.add, terms)
         self.matrix: LinearOperator = total.damped(damping) if damping else total
         # What iterations can reach depends on the coarsest of the products.
-        eps = max(torch.finfo(fishers[t].operator.dtype).eps for t in used)
-        self._rtol = max(1e-5, 4 * eps) if eps > torch.finfo(self.space.dtype).eps else None
+        own_eps = torch.finfo(self.space.dtype).eps
+        self._eps = max(own_eps, *(torch.finfo(fishers[t].operator.dtype).eps for t in used))
+        self._rtol = max(1e-5, 4 * self._eps) if self._eps > own_eps else None
 
     def flat(self, point: Point) -> Tensor:
         """The values of the covered parameters as one vector ``[D]``."""
@@ -75,35 +78,41 @@ class System:
         anchor, own = self._shaped(self.anchor), models.tensors[number]
         return self.flat(lambda name: (models.moved(own[name]) if name in names else anchor[name]) - anchor[name])
 
-    def _product(self, term: LinearOperator, difference: Tensor, number: int) -> Tensor:
-        """w_t F_t (θ_t - a)."""
+    def _add(self, term: LinearOperator, difference: Tensor, what: str) -> None:
+        """Add w_t F_t (θ_t - a) to the right-hand side."""
         product: Tensor = term @ difference
         if not bool(product.isfinite().all()):
-            raise ValueError(f"fishers[{number}]: a product with it has entries that are not finite.")
-        form = float(difference.double() @ product.double())
-        if form < -_NEGATIVE * float(difference.norm() * product.norm()):
-            raise ValueError(
-                f"fishers[{number}]: expected a positive semi-definite matrix F, but dᵀFd = {form:.3g} for the "
-                "difference d between its model and the anchor. A generalised Gauss-Newton matrix is one, a Hessian "
-                "need not be."
-            )
-        return product
+            raise ValueError(f"{what}: a product with it has entries that are not finite.")
+        self.energy += max(0.0, checked_form(difference, product, what, "the anchor"))
+        self._reach = max(self._reach, float(difference.norm()))
+        self.right += product
 
-    def solve(self, start: Point | None, solver: Solver | None) -> tuple[Mapping[str, Tensor], Solution]:
-        """θ = a + x by name, and the solution x.
+    def solve(self, start: Point | None, solver: Solver | None) -> tuple[Mapping[str, Tensor], Solution, float]:
+        """θ = a + x by name, the solution x, and its relative residual, recomputed.
 
         Args:
             start: Where iterations begin; None for the anchor.
             solver: The user's solver.
+
+        Raises:
+            ValueError: If x is no solution; what the user's solver makes is not judged.
         """
         x0 = torch.zeros_like(self.anchor) if start is None else self.flat(start) - self.anchor
         if solver is not None:
             found = solve_by(solver, self.matrix, self.right, x0)
         else:
-            found = solve(self.matrix, self.right, x0, self.damping > 0, self._rtol)
-        return self._shaped(self.anchor + found.x), found
+            found = solve(self.matrix, self.right, x0, self.damping, self._rtol)
+        residual = relative_residual(self.matrix, found.x, self.right)
+        if solver is None and not residual <= _FAILED and not self._is_rounding():
+            raise ValueError(
+                f"The linear system of the merge is not solved: a relative residual of {residual:.2g} is left in "
+                f"{self.space.dtype} ({found.method}). Pass a larger damping, float64 models and Fisher matrices, or a "
+                "solver."
+            )
+        return self._shaped(self.anchor + found.x), found, residual
 
-    def residual(self, x: Tensor) -> float:
-        """‖b - A x‖ / ‖b‖; ‖A x‖ where b is zero."""
-        scale = float(self.right.norm())
-        return float((self.right - self.matrix @ x).norm()) / (scale or 1.0)
+    def _is_rounding(self) -> bool:
+        """Whether b is of the size of its own rounding errors, ε ‖A‖ ‖θ‖: then there need not be a solution."""
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(len(self.right), generator=generator).to(self.right)
+        return float(self.right.norm()) <= 10 * self._eps * self._reach * float((self.matrix @ z).norm())

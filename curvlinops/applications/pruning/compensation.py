@@ -121,10 +121,7 @@ def _by_cholesky(Q: LinearOperator, cut: Tensor, inside: Tensor, tolerance: Tole
     columns, target = Q.to_dense().double()[:, inside], cut[inside].double()
     L, failed = torch.linalg.cholesky_ex(columns[inside])
     if failed:
-        raise ValueError(
-            f"Q: expected a positive definite matrix, but on the {len(target)} entries to be set to zero in a block of "
-            f"{Q.shape[0]} it is not, so no parameter was changed. Invert with a larger damping, or in float64."
-        )
+        raise _indefinite(f"on the {len(target)} entries to be set to zero in a block of {Q.shape[0]}")
     multipliers = torch.cholesky_solve(target.unsqueeze(1), L).squeeze(1)
     # Against the product itself, which tells how well Q is known in its precision.
     product: Tensor = Q @ _scattered(multipliers.to(Q.dtype), inside)
@@ -139,16 +136,40 @@ def _by_cholesky(Q: LinearOperator, cut: Tensor, inside: Tensor, tolerance: Tole
     return Compensation(-(columns @ multipliers), float(0.5 * target.dot(multipliers)), residual)
 
 
+def _indefinite(where: str) -> ValueError:
+    return ValueError(
+        f"Q: expected a positive definite matrix, but {where} it is not, so no parameter was changed. Invert with a "
+        "larger damping, or in float64."
+    )
+
+
 def _by_curvature(Q: LinearOperator, cut: Tensor, inside: Tensor, tolerance: Tolerance) -> Compensation:
     """By H_KK δ_K = H_KS θ_S with H = Q⁻¹ and K what is kept.
 
     It is the same step. But the iterations get the stiff directions of H right first, which decide on the loss, while
     Q_SS has them last.
     """
-    H = Q.inverse()  # type: ignore[attr-defined]
-    moved, residual = _solved(H, H @ cut, H.diagonal(), ~inside, tolerance)
+    H, diagonal = _curvature(Q)
+    moved, residual = _solved(H, H @ cut, diagonal, ~inside, tolerance)
     step = moved - cut
     return Compensation(step, float(0.5 * step.double().dot((H @ step).double())), residual)
+
+
+def _curvature(Q: LinearOperator) -> tuple[LinearOperator, Tensor]:
+    """H = Q⁻¹, and its diagonal ``[D]``, which is positive.
+
+    Raises:
+        ValueError: If Q is not positive definite.
+    """
+    where = f"in a block of {Q.shape[0]}"
+    try:
+        H: LinearOperator = Q.inverse()  # type: ignore[attr-defined]
+        diagonal: Tensor = H.diagonal()  # type: ignore[attr-defined]
+    except (ValueError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise _indefinite(where) from error
+    if not bool(((diagonal > 0) & diagonal.isfinite()).all()):
+        raise _indefinite(where)
+    return H, diagonal
 
 
 def _by_submatrix(

@@ -81,6 +81,24 @@ class CoveredParameters:
         parts = flat.split([tensor.numel() for tensor in self._tensors])
         return [part.reshape(tensor.shape).clone() for part, tensor in zip(parts, self._tensors, strict=True)]
 
+    def check_writable(self) -> None:
+        """Refuse parameters that cannot be overwritten each by its own values.
+
+        Raises:
+            ValueError: If one is of inference mode, or entries share memory.
+        """
+        sharing: dict[int, list[int]] = {}
+        for index, (name, tensor) in enumerate(zip(self._names, self._tensors, strict=True)):
+            if tensor.is_inference() and not torch.is_inference_mode_enabled():
+                raise ValueError(f"params: '{name}' is a tensor of inference mode, which cannot be written: clone it.")
+            sharing.setdefault(tensor.untyped_storage().data_ptr(), []).append(index)
+        for indices in sharing.values():
+            if len(indices) == 1 and self._tensors[indices[0]].is_contiguous():
+                continue
+            addresses = torch.cat([_addresses(self._tensors[i]) for i in indices])
+            if len(addresses.unique()) < len(addresses):
+                raise ValueError(f"params: entries of {[self._names[i] for i in indices]} share memory: clone them.")
+
     def write(self, values: Tensor) -> None:
         """Overwrite the parameters with a vector ``[D]``.
 
@@ -94,6 +112,15 @@ class CoveredParameters:
         with torch.no_grad():
             for tensor, part in zip(self._tensors, parts, strict=True):
                 tensor.copy_(part)
+
+
+def _addresses(tensor: Tensor) -> Tensor:
+    """Where in memory each entry is; nothing is read."""
+    if tensor.numel() == 0:
+        return torch.empty(0, dtype=torch.int64, device=tensor.device)
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    offsets = torch.arange(span, device=tensor.device).as_strided(tensor.shape, tensor.stride())
+    return offsets.flatten() * tensor.element_size() + tensor.data_ptr()
 
 
 def _check_operator(Q: Any) -> None:

@@ -144,7 +144,8 @@ def prune(
 
     Raises:
         TypeError: If Q is no operator or has no diagonal, or the parameters are none.
-        ValueError: If Q and the parameters do not fit, Q is not positive definite, or an option is out of range.
+        ValueError: If Q and the parameters do not fit, parameters share memory or cannot be written, Q is not positive
+            definite, or an option is out of range.
         RuntimeError: If a system cannot be solved. A :class:`ConvergenceWarning` tells of one that is solved less well
             than asked for.
 
@@ -156,6 +157,7 @@ def prune(
     [tensor([0.0000, 3.5000])]
     """
     covered = CoveredParameters(params, Q)
+    covered.check_writable()
     candidates = covered.matching(prunable)
     tolerance = _tolerance(Q, rtol, max_iter)
     values, pruned = covered.values, torch.zeros_like(candidates)
@@ -176,8 +178,9 @@ def prune(
 
 def _lowest(scores: Tensor, candidates: Tensor, pruned: Tensor, count: int) -> Tensor:
     """Mask of what is pruned already and the candidates of the lowest scores; of equal ones those that stand first."""
-    order = scores.masked_fill(~candidates, torch.inf).masked_fill(pruned, -1.0).sort(stable=True).indices
-    return torch.zeros_like(candidates).index_fill(0, order[:count], True)
+    places = candidates.nonzero().flatten()
+    order = scores.masked_fill(pruned, -1.0)[places].sort(stable=True).indices
+    return torch.zeros_like(candidates).index_fill(0, places[order[:count]], True)
 
 
 def _schedule(values: Tensor, sparsity: float, steps: int) -> Iterator[int]:
