@@ -85,7 +85,7 @@ def as_operator(fisher: Any, space: Space, what: str) -> LinearOperator:
     for name, shape in zip(names, space.shapes, strict=True):
         check_diagonal(entries[name], shape, f"{what}, '{name}'")
     moved = {name: entries[name].detach().to(dtype=space.dtype, device=space.device, copy=True) for name in names}
-    result = Diagonal(moved)
+    result = Diagonal(moved if space.names is not None else list(moved.values()))
     result.POSITIVE_SEMIDEFINITE = True
     return result
 

@@ -180,6 +180,40 @@ def test_sequences(terms: str) -> None:
     assert_close(diagonal_fisher(model, loss, None, [(inputs, masked)], terms=terms), kept)
 
 
+@pytest.mark.parametrize("kind", ["empirical", "true"])
+def test_positions_as_rows_are_refused(kind: str) -> None:
+    """The operators count rows of X: a mean over rows of targets would be another scale."""
+    model = nn.Sequential(mlp(), nn.Flatten(0, 1))
+    inputs, y = noise(5, T, 3), labels(5 * T)
+    for data in ([(inputs, y)], [{"input": inputs, "labels": y}]):
+        with pytest.raises(ValueError, match=r"15 targets for inputs of \[5\] rows.*predict \[N, C, T\]"):
+            diagonal_fisher(model, nn.CrossEntropyLoss(), None, data, kind=kind)
+
+
+def test_weights_of_classes_enter_squared_or_once() -> None:
+    model, weight = mlp(), torch.tensor([1.0, 2.0, 0.5, 3.0]).double()
+    loss = nn.CrossEntropyLoss(weight)
+    truth = (weight[Y].square().unsqueeze(1) * empirical(classes, model, X, Y, "position")).mean(0)
+    assert_close(diagonal_fisher(model, loss, None, (X, Y)), truth)
+    params = list(model.parameters())
+    hessians = []
+    for n in range(len(Y)):  # a linear last layer: its block of the Gauss-Newton matrix is the loss's Hessian
+        value = weight[Y[n]] * classes(model(X[n : n + 1])[0], Y[n])
+        (slope,) = torch.autograd.grad(value, params[3], create_graph=True)
+        hessians.append(
+            torch.stack([torch.autograd.grad(s, params[3], retain_graph=True)[0][i] for i, s in enumerate(slope)])
+        )
+    assert_close(diagonal_fisher(model, loss, None, (X, Y), kind="true")["2.bias"], torch.stack(hessians).mean(0))
+
+
+def test_results_of_inference_mode_are_ordinary() -> None:
+    model = mlp()
+    with torch.inference_mode():
+        found = diagonal_fisher(model, nn.CrossEntropyLoss(), None, (X, Y))
+    assert not any(entries.is_inference() or entries.requires_grad for entries in found.values())
+    assert_close(found, empirical(classes, model, X, Y, "position").mean(0))
+
+
 class OfMapping(nn.Module):
     """Reads named inputs and gives an object with logits."""
 
@@ -247,10 +281,10 @@ def test_half_precision_is_summed_in_float32() -> None:
     assert (flat(found).double() - truth).norm() < 0.03 * truth.norm()
 
 
-class Broken(nn.CrossEntropyLoss):
-    """Fails at the second mini-batch, whatever that is asked for."""
+class Broken(nn.Module):
+    """Fails when it is called."""
 
-    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+    def forward(self, X: Tensor) -> Tensor:
         raise OSError("broken")
 
 
@@ -273,7 +307,7 @@ def test_nothing_is_changed_even_by_errors() -> None:
     model[2].eval()
     diagonal_fisher(model, nn.CrossEntropyLoss(), None, loader, kind="mc", max_data=5)
     with pytest.raises(OSError, match="broken"):
-        diagonal_fisher(model, Broken(), None, loader, kind="true")
+        diagonal_fisher(nn.Sequential(model, Broken()), nn.CrossEntropyLoss(), None, loader, kind="true")
     with pytest.raises(ValueError, match="expected class indices"):
         diagonal_fisher(model, nn.CrossEntropyLoss(), None, [(X, Y), (X, Y[:, None])])
     assert [m.training for m in model.modules()] == [True, True, True, False, True]
@@ -289,11 +323,22 @@ def test_nothing_is_changed_even_by_errors() -> None:
         ({"kind": "exact"}, ValueError, "kind: expected 'empirical', 'true' or 'mc'"),
         ({"terms": "token", "kind": "true"}, ValueError, "terms: expected"),
         ({"kind": "mc", "mc_samples": 0}, ValueError, "mc_samples: expected an integer of at least 1"),
+        ({"kind": "true", "mc_samples": 5}, ValueError, "mc_samples: belongs to kind='mc'"),
+        ({"output_slice": (0, 2)}, TypeError, r"output_slice: write slice\(0, 2\) or"),
         ({"noise_variance": 0.5}, ValueError, "noise_variance: belongs to the squared error.*CrossEntropyLoss"),
         ({"loss_func": nn.MSELoss(), "noise_variance": -1.0}, ValueError, "noise_variance: expected a positive"),
         ({"loss_func": lambda f, y: f.sum()}, TypeError, "loss_func: expected a loss of torch.nn"),
         ({"loss_func": nn.CrossEntropyLoss(reduction="none")}, TypeError, "loss_func: expected"),
-        ({"loss_func": nn.L1Loss(), "data": (X, noise(7, C))}, NotImplementedError, "L1Loss"),
+        ({"loss_func": nn.L1Loss(), "data": (X, noise(7, C))}, NotImplementedError, "loss_func: .*L1Loss"),
+        ({"loss_func": nn.HuberLoss(), "data": (X, noise(7, C)), "kind": "true"}, NotImplementedError, "HuberLoss"),
+        (
+            {"loss_func": nn.MSELoss(), "noise_variance": torch.rand(5)},
+            ValueError,
+            "noise_variance: expected a positive",
+        ),
+        ({"loss_func": nn.MSELoss(), "noise_variance": True}, ValueError, "noise_variance: expected a positive"),
+        ({"seed": None, "max_data": 3}, ValueError, "seed: expected an integer, got None"),
+        ({"data": (X.numpy(), Y.numpy())}, TypeError, "torch.from_numpy"),
         ({"max_data": 0}, ValueError, "max_data: expected an integer of at least 1"),
         ({"max_data": 2.0}, ValueError, "max_data: expected an integer"),
         ({"data": (X, Y[:5])}, ValueError, "data: expected as many inputs as targets"),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import (
+    Diagonal,
     EFDiagonalLinearOperator,
     EFLinearOperator,
     EKFACLinearOperator,
@@ -282,7 +283,7 @@ def test_states_of_every_kind_and_mode() -> None:
             ewc.consolidate(found, num_data=6)
             ewc.consolidate(fisher_of(kind, moved(model), OTHER_X, OTHER_Y))
             if kind in ("GGN", "EF"):
-                with pytest.raises(NotImplementedError, match=rf"{kind}LinearOperator.*to_low_rank\(\)"):
+                with pytest.raises(NotImplementedError, match=rf"F, <{kind}LinearOperator.*to_low_rank\(\)"):
                     ewc.state_dict()
                 continue
             state = saved(ewc)
@@ -296,6 +297,28 @@ def test_states_of_every_kind_and_mode() -> None:
             at = by_name(model, noise(D, seed=99))
             torch.testing.assert_close(fresh.penalty(at), ewc.penalty(at), rtol=1e-12, atol=0)
             torch.testing.assert_close(flat(fresh.importance()), flat(ewc.importance()))
+
+
+@pytest.mark.parametrize("first", ["KFAC", "diagonals", "sum"])
+@pytest.mark.parametrize("second", ["dense", "low rank"])
+def test_states_of_sums_go_round_again_and_again(first: str, second: str) -> None:
+    """Online sums of matrices with and without names, scaled by a decay, and such a sum as one Fisher matrix."""
+    model = network()
+    ewc = EWC(model, mode="online", decay=0.5)
+    total, params = torch.zeros(D, D).double(), dict(model.named_parameters())
+    named = fisher_of("KFAC", model) if first != "diagonals" else Diagonal(fisher_of("diagonals", model))
+    flat_one = fisher_of(second, model)
+    for fisher in (named + flat_one, fisher_of(first, model), fisher_of(second, model), named + flat_one):
+        ewc.consolidate(fisher, num_data=3, anchor=params)
+        total = 3 * dense(fisher) + 0.5 * total
+        for _ in range(2):
+            state = saved(ewc)
+            ewc = EWC(model, mode="online")
+            ewc.load_state_dict(state)
+    delta = noise(D, seed=7)
+    at = by_name(model, flat(model.parameters()) + delta)
+    torch.testing.assert_close(ewc.penalty(at), 0.5 * 0.5 * delta @ total @ delta)
+    torch.testing.assert_close(flat(ewc.importance()), total.diagonal())
 
 
 class Embedded(nn.Module):
@@ -348,6 +371,8 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         (EWC(nn.Linear(3, 4).double()), state, "spaces differ|names do not fit"),
         (EWC(network().float()), state, "dtype"),
         (ewc, {**state, "parabolas": [{**state["parabolas"][0], "anchor": {}}]}, "anchor of the state"),
+        (ewc, {**state, "parabolas": [{"anchor": {}}]}, "it has no .'parabolas: fisher'"),
+        (ewc, {**state, "strength": "x"}, "strength: expected"),
         (ewc, {**state, "parabolas": [{**state["parabolas"][0], "fisher": {"kind": "?"}}]}, "state of an operator"),
     ]
     for other, given, message in others:
@@ -387,6 +412,62 @@ def test_forms_of_parameters() -> None:
     assert ewc.penalty().item() == pytest.approx(0.5 * 3 * 4)
 
 
+@pytest.mark.parametrize("kind", ["diagonals", "GGN diagonal", "KFAC", "EKFAC", "low rank", "GGN"])
+def test_names_in_any_order_and_some_of_them(kind: str) -> None:
+    """A matrix on names in another order, or on some, is that of all with zeros elsewhere; so in states."""
+    model = network()
+    named = dict(model.named_parameters())
+    index = by_name(model, torch.arange(D))
+    delta = noise(D, seed=7)
+    at = by_name(model, flat(named) + delta)
+    for chosen in (["2.weight", "0.bias", "0.weight"], ["2.weight"], ["2.weight", "0.weight"]):
+        params = {name: named[name] for name in chosen}
+        if kind == "diagonals":
+            fisher: Any = diagonal_fisher(model, nn.CrossEntropyLoss(), params, (X, Y))
+        else:
+            fisher = KINDS[kind](model, nn.CrossEntropyLoss(), params, [(X, Y)])
+        places = torch.cat([index[name].flatten() for name in chosen])
+        F = torch.zeros(D, D).double()
+        F[places[:, None], places] = dense(fisher)
+        ewc = EWC(model, mode="online")
+        ewc.consolidate(fisher)
+        ewc.consolidate(fisher_of("KFAC", model), num_data=2)
+        F += 2 * dense(fisher_of("KFAC", model))
+        torch.testing.assert_close(ewc.penalty(at), 0.5 * delta @ F @ delta)
+        torch.testing.assert_close(flat(ewc.importance()), F.diagonal())
+        if kind != "GGN":
+            other = EWC(dict(reversed(named.items())), mode="online")
+            other.load_state_dict(saved(ewc))
+            torch.testing.assert_close(other.penalty(at), ewc.penalty(at))
+            assert list(other.importance()) == list(reversed(named))
+
+
+def test_a_matrix_without_names_goes_by_the_order_of_its_state() -> None:
+    model = network()
+    ewc, other = EWC(model), EWC(dict(reversed(list(model.named_parameters()))))
+    ewc.consolidate(fisher_of("dense", model))
+    other.load_state_dict(saved(ewc))
+    other.load_state_dict(saved(other))
+    at = by_name(model, noise(D, seed=7))
+    torch.testing.assert_close(other.penalty(at), ewc.penalty(at))
+    listed = EWC(list(model.parameters()), mode="online")  # positions: names of the module's do not matter
+    kinds = ("KFAC", "list of diagonals", "low rank", "GGN diagonal")
+    for kind in kinds:
+        listed.consolidate(fisher_of(kind, model), anchor=list(network(seed=5).parameters()))
+    delta = flat(model.parameters()) - flat(network(seed=5).parameters())
+    F = sum(dense(fisher_of(kind, model)) for kind in kinds)
+    torch.testing.assert_close(listed.penalty(), 0.5 * delta @ F @ delta)
+
+
+def test_autocast_does_not_round_the_penalty() -> None:
+    model = network().float()
+    ewc = EWC(model)
+    ewc.consolidate(TensorLinearOperator(torch.eye(D)), anchor=by_name(model, noise(D, seed=3).float()))
+    value = ewc.penalty().item()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert ewc.penalty().item() == value
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     model = nn.Linear(3, 4, bias=False).to(dtype)
@@ -417,7 +498,17 @@ def test_half_precision(dtype: torch.dtype) -> None:
         (lambda m, e: EWC([]), ValueError, "no parameters"),
         (lambda m, e: e.consolidate(fisher_of("dense", m), task="first"), ValueError, "task: 'first' was consolidated"),
         (lambda m, e: e.consolidate(fisher_of("dense", m), num_data=0), ValueError, "num_data: expected"),
-        (lambda m, e: e.consolidate({"0.weight": torch.ones(4, 3)}), ValueError, "fisher: .* missing"),
+        (lambda m, e: e.consolidate({"head": torch.ones(4, 3)}), ValueError, r"fisher: .* unknown are \['head'\]"),
+        (lambda m, e: e.consolidate({}), ValueError, "fisher: there are no parameters"),
+        (lambda m, e: e.consolidate(Diagonal([-t for t in e.importance().values()])), ValueError, "negative diagonal"),
+        (lambda m, e: e.consolidate(Diagonal(by_name(m, 0 * noise(D) / 0))), ValueError, "not finite"),
+        (lambda m, e: setattr(e, "strength", -1.0), ValueError, "strength: expected a finite number of at least 0"),
+        (lambda m, e: e.consolidate(e.importance(), num_data="all"), ValueError, "num_data: expected a positive"),
+        (lambda m, e: e.consolidate(e.importance(), num_data=-3), ValueError, "num_data: expected a positive"),
+        (lambda m, e: e.load_state_dict({}), ValueError, r"EWC.state_dict\(\) gave; it has no \['mode'"),
+        (lambda m, e: e.load_state_dict({"mode": "multi"}), ValueError, r"it has no \['strength'.*'parabolas'\]"),
+        (lambda m, e: e.load_state_dict(m.state_dict()), ValueError, "it has no"),
+        (lambda m, e: e.load_state_dict("ewc.pt"), TypeError, "got str. Read files by torch.load"),
         (lambda m, e: e.consolidate(-torch.eye(D)), TypeError, "fisher: expected"),
         (lambda m, e: e.consolidate({**e.importance(), "0.bias": -torch.ones(4)}), ValueError, "negative diagonal"),
         (lambda m, e: e.consolidate(TensorLinearOperator(noise(D, D))), ValueError, "symmetric operator"),

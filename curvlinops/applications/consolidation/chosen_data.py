@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
@@ -45,11 +46,34 @@ class CountedData:
 
 
 def num_data_of(item: Any) -> int:
-    """Number of data of a mini-batch: the first axis of its targets."""
+    """Number of data of a mini-batch: the rows of its inputs, which are those of its targets.
+
+    Raises:
+        ValueError: If they have different numbers of rows.
+    """
     try:
-        return len(item["labels"] if isinstance(item, Mapping) else item[1])
+        y = item["labels"] if isinstance(item, Mapping) else item[1]
+        size = len(y)
     except (TypeError, KeyError, IndexError):
         return 0  # an item that is not understood: whoever reads it says so
+    X = [value for key, value in item.items() if key != "labels"] if isinstance(item, Mapping) else item[0]
+    rows = {len(tensor) for tensor in _tensors_of(X) if tensor.ndim}
+    if isinstance(y, Tensor) and rows and size not in rows:
+        raise ValueError(
+            f"data: expected a target for each datum, got {size} targets for inputs of {sorted(rows)} rows. If each "
+            "position of a sequence has its target, give targets as [N, T] and let the model predict [N, C, T], with "
+            "classes on axis 1."
+        )
+    return size
+
+
+def _tensors_of(tree: Any) -> Iterator[Tensor]:
+    """The tensors of nested tuples, lists and mappings."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (Mapping, tuple, list)):
+        for part in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _tensors_of(part)
 
 
 def batches_of(data: Any, batch_size: int = 256, max_data: int | None = None, seed: int = 2147483647) -> Iterable[Any]:
@@ -82,6 +106,8 @@ def batches_of(data: Any, batch_size: int = 256, max_data: int | None = None, se
             "data: expected a DataLoader or another iterable of mini-batches (X, y) that can be read again, a Dataset, "
             f"or a pair (X, y) of tensors, got {type(data).__name__}."
         )
+    if isinstance(data, Sequence) and any(isinstance(part, np.ndarray) for part in data):
+        raise TypeError("data: expected tensors, got NumPy arrays. Pass (torch.from_numpy(X), torch.from_numpy(y)).")
     if isinstance(data, Sequence) and len(data) == 2 and all(isinstance(part, Tensor) for part in data):
         return _of_pair(data[0], data[1], batch_size, max_data, seed)
     if max_data is None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import EFDiagonalLinearOperator, GGNDiagonalLinearOperator, Space
+from curvlinops.applications.consolidation.checked_number import checked_number
 from curvlinops.applications.consolidation.chosen_data import CountedData, batches_of
 from curvlinops.applications.named_tensors import named_tensors
 
@@ -23,7 +24,7 @@ OutputSlice = slice | Tensor | Sequence[int]
 def diagonal_fisher(
     model: Callable[..., Any],
     loss_func: Callable[[Tensor, Any], Tensor],
-    params: Mapping[str, Tensor] | Sequence[Tensor] | None,
+    params: nn.Module | Mapping[str, Tensor] | Sequence[Tensor] | None,
     data: Any,
     *,
     kind: str = "empirical",
@@ -46,8 +47,10 @@ def diagonal_fisher(
         \text{("true", "mc")},
 
     squared entry by entry: the mean of squares, not the square of the mean gradient. It is the same for any cut of the
-    data into mini-batches (samples apart), whether the loss takes means or sums. N counts all data. Targets that the
-    loss ignores contribute zero, and class weights enter as in :class:`EFDiagonalLinearOperator`.
+    data into mini-batches (samples apart), whether the loss takes means or sums. N counts the data, the rows of X.
+    Targets that the loss ignores contribute zero. Class weights and label smoothing are part of the loss:
+    ``"empirical"`` squares its gradients, and with them the weights; ``"true"`` and ``"mc"`` are then the diagonal of
+    its generalised Gauss-Newton matrix, which the weight of the target enters once.
 
     The model is evaluated in evaluation mode and put back into its modes; a callable is called as it is.
 
@@ -61,11 +64,11 @@ def diagonal_fisher(
 
     Args:
         model: Module, or callable as curvature operators take it.
-        loss_func: Cross-entropy, squared error or binary cross-entropy of torch.nn or torch.nn.functional; whether it
-            takes means or sums plays no role. A squared error without ``noise_variance`` is
-            :math:`\lVert f - y \rVert^2`, summed over a datum's outputs.
-        params: Dict name -> parameter, or a list, whose names are the positions "0", "1", ...; ``None`` for all
-            parameters of the module that require gradients.
+        loss_func: Cross-entropy (classes on axis 1, ``[N, C]`` or ``[N, C, T]``), squared error or binary cross-entropy
+            of torch.nn or torch.nn.functional; whether it takes means or sums plays no role. A squared error without
+            ``noise_variance`` is :math:`\lVert f - y \rVert^2`, summed over a datum's outputs.
+        params: Dict name -> parameter, or a list, whose names are the positions "0", "1", ...; ``None`` or the module
+            for all of its parameters that require gradients.
         data: DataLoader or other iterable of mini-batches (X, y), a map-style ``Dataset`` of single data, or a pair
             (X, y) of tensors.
         kind: ``"empirical"`` with the targets of the data; ``"true"`` with the expectation over the model's own, in
@@ -97,9 +100,10 @@ def diagonal_fisher(
     >>> {name: list(entries.shape) for name, entries in fisher.items()}
     {'weight': [2, 3], 'bias': [2]}
     """
-    _check_options(kind, mc_samples, noise_variance, terms)
+    _check_options(kind, mc_samples, seed, terms)
     scale = 1.0 if noise_variance is None else _scale_of_squared_error(loss_func, kind, noise_variance)
-    params = _params_of(model) if params is None else params
+    if params is None or isinstance(params, nn.Module):
+        params = _params_of(model if params is None else params)
     names = list(named_tensors(params, "params"))
     studied, own = (model, params) if output_slice is None else _with_outputs(model, params, output_slice)
     counted = CountedData(batches_of(data, batch_size, max_data, seed))
@@ -111,18 +115,21 @@ def diagonal_fisher(
         else:
             operator = GGNDiagonalLinearOperator(*arguments, mc_samples=mc_samples if kind == "mc" else 0, seed=seed)
         total = operator.diagonal()
-    return dict(zip(names, _parts(total, operator.domain, scale / counted.num_data), strict=True))
+    with torch.inference_mode(False):  # whoever calls from within inference mode gets ordinary tensors
+        return dict(zip(names, _parts(total, operator.domain, scale / counted.num_data), strict=True))
 
 
-def _check_options(kind: str, mc_samples: int, noise_variance: float | None, terms: str) -> None:
+def _check_options(kind: str, mc_samples: int, seed: int, terms: str) -> None:
     if kind not in ("empirical", "true", "mc"):
         raise ValueError(f"kind: expected 'empirical', 'true' or 'mc', got {kind!r}.")
     if terms not in ("position", "datum"):
         raise ValueError(f"terms: expected 'position' or 'datum', got {terms!r}.")
     if kind == "mc" and (isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1):
         raise ValueError(f"mc_samples: expected an integer of at least 1, got {mc_samples!r}.")
-    if noise_variance is not None and not 0 < float(noise_variance) < float("inf"):
-        raise ValueError(f"noise_variance: expected a positive finite number, got {noise_variance}.")
+    if kind != "mc" and mc_samples != 1:
+        raise ValueError(f"mc_samples: belongs to kind='mc', and the kind is {kind!r}.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: expected an integer, got {seed!r}.")
 
 
 def _summed(loss_func: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
@@ -136,15 +143,32 @@ def _summed(loss_func: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any
             "loss_func: expected a loss of torch.nn or torch.nn.functional with reduction 'mean' or 'sum', got "
             f"{loss_func!r:.80}."
         )
+    if not _is_known(loss_func):
+        raise NotImplementedError(
+            "loss_func: expected a cross-entropy, squared error or binary cross-entropy of logits of torch.nn or "
+            f"torch.nn.functional, which are negative log-likelihoods, got {loss_func!r:.80}."
+        )
     result.reduction = "sum"
     return result  # type: ignore[no-any-return]
 
 
+def _is_known(loss: Callable[[Tensor, Any], Tensor]) -> bool:
+    """Whether a loss is a negative log-likelihood, tried out: which these are is none of this room's business."""
+    try:
+        with torch.inference_mode(False):
+            params = {"weight": torch.ones(1, 1, requires_grad=True)}
+            EFDiagonalLinearOperator(lambda params, X: X @ params["weight"], loss, params, [], False, False, num_data=1)
+    except NotImplementedError:
+        return False
+    return True
+
+
 def _scale_of_squared_error(loss_func: Callable[[Tensor, Any], Tensor], kind: str, noise_variance: float) -> float:
     """By what ‖f − y‖² must be multiplied for ½ ‖f − y‖² / σ²: its Hessian once, products of its gradients twice."""
+    variance = checked_number(noise_variance, "noise_variance", is_positive=True)
     if not _is_squared_error(_summed(loss_func)):
         raise ValueError(f"noise_variance: belongs to the squared error, and the loss is {type(loss_func).__name__}.")
-    factor = 0.5 / float(noise_variance)
+    factor = 0.5 / variance
     return factor**2 if kind == "empirical" else factor
 
 
@@ -200,6 +224,8 @@ def _with_outputs(
 ) -> tuple[Callable[..., Any], Mapping[str, Tensor] | Sequence[Tensor]]:
     """The model with some of its outputs, called in the same way, and its parameters as it knows them."""
     if not isinstance(chosen, slice):
+        if isinstance(chosen, tuple):
+            raise TypeError(f"output_slice: write slice{chosen} or, for single outputs, the list {list(chosen)}.")
         chosen = torch.as_tensor(chosen)
         if chosen.ndim != 1 or chosen.is_floating_point() or chosen.numel() == 0:
             raise ValueError(f"output_slice: expected a slice or a list of indices, got {chosen}.")

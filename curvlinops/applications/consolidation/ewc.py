@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from curvlinops import LinearOperator, exact_diagonal
+from curvlinops import Diagonal, LinearOperator, exact_diagonal
+from curvlinops.applications.consolidation.checked_number import checked_number
 from curvlinops.applications.consolidation.half_quadratic import half_quadratic
 from curvlinops.applications.consolidation.named_vectors import NamedVectors
 from curvlinops.applications.consolidation.stored_operators import from_state, to_state
-from curvlinops.applications.named_tensors import as_operator
+from curvlinops.applications.named_tensors import check_diagonal
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class EWC:
 
     F may be any symmetric operator. Diagonals are the usual choice (see :func:`diagonal_fisher`); KFAC, EKFAC and KFOC
     are kept as their closed forms without the model, and anything that is known by its products as ``F.frozen()``, with
-    a copy of the model and the data.
+    a copy of the model. Its data are not copied but read again for each product: leave them as they are.
 
     **Cost**: a penalty costs a product with F for each task in mode ``"multi"``, and one in mode ``"online"``; its
     gradient costs nothing more. In mode ``"online"`` sums of diagonals, dense matrices and operators with the same
@@ -65,18 +65,19 @@ class EWC:
     (2018), Progress & compress, arXiv:1805.06370; Ritter, Botev, Barber (2018), Online structured
     Laplace approximations for overcoming catastrophic forgetting, arXiv:1805.07810.
 
+    An operator or dict with names may have them in any order, or only some: F is zero elsewhere. Without names, and for
+    parameters given as a list, positions count.
+
     Args:
         params: A module (its parameters that require gradients), a dict name -> parameter, or a list, whose names are
-            the positions "0", "1", .... They are read whenever a penalty is asked for.
+            the positions "0", "1", .... Which they are is settled now: heads that are added later are left out (build
+            all beforehand, or pass the shared ones). Their values are read whenever a penalty is asked for.
         strength: s; multiplies everything, the prior included.
         mode: ``"multi"`` or ``"online"``.
         decay: γ in mode ``"online"``.
         decay_in_penalty: Whether the Fisher matrix of mode ``"online"`` enters the penalty as γ F (Schwarz et al.).
         prior_precision: τ. It enters once, whatever ``num_data`` and the decay.
         prior_mean: μ, in any form of ``params``; zero by default.
-
-    Attributes:
-        strength: The same; it may be changed between tasks.
 
     Raises:
         TypeError: If parameters are of the wrong kind.
@@ -104,15 +105,24 @@ class EWC:
         if mode not in ("multi", "online"):
             raise ValueError(f"mode: expected 'multi' or 'online', got {mode!r}.")
         self._vectors = NamedVectors(params)
-        self.strength = _at_least_zero(strength, "strength")
-        self._mode, self._decay = mode, _at_least_zero(decay, "decay")
+        self.strength = strength
+        self._mode, self._decay = mode, checked_number(decay, "decay")
         if mode == "multi" and self._decay != 1.0:
             raise ValueError(f"decay: belongs to mode 'online', in which it forgets old tasks; got {decay} in 'multi'.")
         self._decay_in_penalty = bool(decay_in_penalty)
-        self._prior_precision = _at_least_zero(prior_precision, "prior_precision")
+        self._prior_precision = checked_number(prior_precision, "prior_precision")
         self._prior_mean = None if prior_mean is None else self._vectors.copied(prior_mean, "prior_mean")
         self._tasks: list[str | int] = []
         self._parabolas: list[_Parabola] = []
+
+    @property
+    def strength(self) -> float:
+        """s, which multiplies everything; it may be changed between tasks."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: float) -> None:
+        self._strength = checked_number(value, "strength")
 
     @property
     def mode(self) -> str:
@@ -142,7 +152,8 @@ class EWC:
         What is still to be computed of an operator is computed now; later training does not change it.
 
         Args:
-            fisher: Symmetric operator on the parameters, or its diagonal as a dict or list of tensors.
+            fisher: Symmetric operator on the parameters, or its diagonal as a dict or list of tensors. One that names
+                some of the parameters is zero on the others.
             anchor: The parameters of the task; by default a copy of them as they are now.
             num_data: Number that the Fisher matrix is multiplied by: that of the data, where it is a mean over them.
             task: Name of the task; by default a number.
@@ -157,12 +168,13 @@ class EWC:
             raise ValueError(
                 f"task: {task!r} was consolidated before. Choose another name; the tasks are {self.tasks}."
             )
-        scale = 1.0 if num_data is None else _at_least_zero(num_data, "num_data")
-        if scale == 0:
-            raise ValueError("num_data: expected a positive number, got 0.")
-        operator = as_operator(fisher, self._vectors.space_for(fisher), "fisher")
+        scale = 1.0 if num_data is None else checked_number(num_data, "num_data", is_positive=True)
+        operator = self._vectors.operator(fisher, "fisher")
         # The multiple of an operator that has a closed form is that closed form, without the model.
-        parabola = _Parabola((scale * operator).frozen(), self._vectors.copied(anchor, "anchor"))
+        kept = (scale * operator).frozen()
+        if isinstance(kept, Diagonal):
+            check_diagonal(kept.diagonal(), kept.shape[:1], "fisher")
+        parabola = _Parabola(kept, self._vectors.copied(anchor, "anchor"))
         if self._mode == "online" and self._parabolas and self._decay > 0:
             old = self._parabolas[0].fisher
             parabola = _Parabola(parabola.fisher + self._decay * old, parabola.anchor)
@@ -236,32 +248,48 @@ class EWC:
 
         Args:
             state_dict: What :meth:`state_dict` gave, of an object of the same mode and for parameters of the same
-                names, shapes and dtype; devices may differ.
+                names, shapes and dtype; devices and, with names, the order may differ.
 
         Raises:
-            ValueError: If it is of another mode, or for other parameters.
+            TypeError: If it is no dict.
+            ValueError: If it is not the state of such an object, of another mode, or for other parameters.
         """
-        if state_dict.get("mode") != self._mode:
-            raise ValueError(f"The state is of mode {state_dict.get('mode')!r}, and this object of {self._mode!r}.")
-        parabolas = []
-        for kept in state_dict["parabolas"]:
-            fisher = from_state(kept["fisher"], self._vectors.space.device)
-            self._vectors.space_for(fisher).join(fisher.domain, "Fisher matrix of the state, and parameters")
-            parabolas.append(_Parabola(fisher.frozen(), self._vectors.copied(kept["anchor"], "anchor of the state")))
+        _check_state(state_dict, self._mode)
+        parabolas = [self._restored(kept) for kept in state_dict["parabolas"]]
         mean = state_dict["prior_mean"]
         mean = None if mean is None else self._vectors.copied(mean, "prior_mean of the state")
-        settings = [state_dict[name] for name in ("strength", "decay", "decay_in_penalty", "prior_precision")]
+        numbers = [checked_number(state_dict[name], name) for name in ("strength", "decay", "prior_precision")]
         self._tasks = list(state_dict["tasks"])
         self._parabolas, self._prior_mean = parabolas, mean
-        self.strength, self._decay, self._decay_in_penalty, self._prior_precision = settings
+        self._strength, self._decay, self._prior_precision = numbers
+        self._decay_in_penalty = bool(state_dict["decay_in_penalty"])
+
+    def _restored(self, kept: Mapping[str, Any]) -> _Parabola:
+        """A parabola of a state; a matrix without names is in the order of its anchor."""
+        anchor = self._vectors.copied(kept["anchor"], "anchor of the state")
+        fisher = from_state(kept["fisher"], self._vectors.space.device)
+        operator = self._vectors.operator(fisher, "Fisher matrix of the state", tuple(kept["anchor"]))
+        return _Parabola(operator.frozen(), anchor)
 
     def __repr__(self) -> str:
         size = f"{self.num_tasks} tasks, {self._vectors.space.numel} parameters"
         return f"<EWC of {size}, mode={self._mode!r}, strength={self.strength:g}>"
 
 
-def _at_least_zero(number: float, name: str) -> float:
-    value = float(number)
-    if not (isfinite(value) and value >= 0):
-        raise ValueError(f"{name}: expected a finite number of at least 0, got {number}.")
-    return value
+#: What a state has.
+_KEYS = ("mode", "strength", "decay", "decay_in_penalty", "prior_precision", "prior_mean", "tasks", "parabolas")
+
+
+def _check_state(state: Any, mode: str) -> None:
+    if not isinstance(state, Mapping):
+        raise TypeError(
+            f"state_dict: expected the dict that EWC.state_dict() gave, got {type(state).__name__}. Read files by "
+            "torch.load."
+        )
+    missing = [key for key in _KEYS if key not in state]
+    for kept in state.get("parabolas", []):
+        missing += [f"parabolas: {key}" for key in ("anchor", "fisher") if key not in kept]
+    if missing:
+        raise ValueError(f"state_dict: expected the dict that EWC.state_dict() gave; it has no {missing}.")
+    if state["mode"] != mode:
+        raise ValueError(f"The state is of mode {state['mode']!r}, and this object of {mode!r}.")

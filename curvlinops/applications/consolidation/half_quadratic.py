@@ -14,6 +14,8 @@ from curvlinops import Diagonal, LinearOperator
 def half_quadratic(delta: Tensor, F: LinearOperator) -> Tensor:
     r"""The number :math:`\tfrac{1}{2} \delta^\top F \delta`, differentiable in δ as often as one likes.
 
+    Forward mode and ``vmap`` need a :class:`Diagonal`.
+
     **Cost**: one product with F, which its gradient uses again; each derivative beyond that one more.
 
     Args:
@@ -48,7 +50,7 @@ class _HalfQuadratic(Function):
     @staticmethod
     def forward(delta: Tensor, F: LinearOperator) -> tuple[Tensor, Tensor]:
         product = _times(F, delta)
-        return 0.5 * (delta @ product), product
+        return 0.5 * (delta * product).sum(), product  # `@` would be rounded under autocast, as in _times
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, LinearOperator], output: tuple[Tensor, Tensor]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import LinearOperator, Space
-from curvlinops.applications.named_tensors import named_tensors, space_of
+from curvlinops.applications.named_tensors import as_operator, named_tensors, space_of
 
 
 class NamedVectors:
@@ -43,10 +43,32 @@ class NamedVectors:
         dtype = torch.float32 if given.dtype in (torch.bfloat16, torch.float16) else given.dtype
         self.space = Space(given.shapes, dtype, given.device, names)
 
-    def space_for(self, fisher: Any) -> Space:
-        """The space that a Fisher matrix is expected on: an operator may be in half precision, as parameters are."""
+    def operator(self, fisher: Any, what: str, names: Sequence[str] | None = None) -> LinearOperator:
+        """A Fisher matrix as an operator on the parameters in their order; zero on those that it does not name.
+
+        Args:
+            fisher: Operator, which may be in half precision as the parameters are, or a diagonal.
+            what: How messages call it.
+            names: What a matrix without names acts on, in order; by default the parameters.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If it does not fit the parameters, is not symmetric, or a diagonal has negative entries.
+        """
         is_as_given = isinstance(fisher, LinearOperator) and fisher.dtype == self._given.dtype
-        return self._given if is_as_given else self.space
+        space = self._given if is_as_given else self.space
+        own = fisher.domain.names if isinstance(fisher, LinearOperator) else _keys(fisher)
+        names = own or names
+        if space.names is None or names is None:
+            return as_operator(fisher, space, what)
+        unknown = [name for name in names if name not in self.names]
+        if unknown:
+            raise ValueError(
+                f"{what}: expected names of the parameters, which are settled at construction, {list(self.names)}; "
+                f"unknown are {unknown}."
+            )
+        part = space.select([self.names.index(name) for name in names])
+        return as_operator(fisher, part, what).embedded(space, names)
 
     def flat(self, source: Any, what: str) -> Tensor:
         """Named tensors as one vector, with their graph.
@@ -90,6 +112,10 @@ class NamedVectors:
         """The parts of a vector in the shapes of the parameters, each in memory of its own."""
         parts = zip(self.names, vector.split(self.space.sizes), self.space.shapes, strict=True)
         return {name: part.reshape(shape).clone() for name, part, shape in parts}
+
+
+def _keys(fisher: Any) -> tuple[str, ...] | None:
+    return tuple(fisher) if isinstance(fisher, Mapping) else None
 
 
 def _studied(params: Any) -> dict[str, Tensor]:

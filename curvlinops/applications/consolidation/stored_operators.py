@@ -47,15 +47,18 @@ def to_state(operator: LinearOperator) -> State:
     >>> from_state(state, torch.device("cpu")).trace().item()
     3.0
     """
+    operator = _inner(operator)
     for kind, (known, write, _) in _KINDS.items():
         if isinstance(operator, known):
             return {"kind": kind, **write(operator)}
     if hasattr(operator, "terms"):
         return {"kind": "sum", "terms": [to_state(term) for term in operator.terms]}
+    inmost: Any = operator
+    while isinstance(getattr(inmost, "operator", None), LinearOperator):
+        inmost = inmost.operator  # what the user knows, without the nodes around it
     raise NotImplementedError(
-        f"{operator!r} is known by its products, which take a model and data, so it "
-        "cannot be stored. Use a closed form in its place: F.to_low_rank(), KFACLinearOperator, a diagonal, or "
-        "TensorLinearOperator(F.to_dense())."
+        f"F, {inmost!r}, is known by its products, which take a model and data, so it cannot be stored. Use a closed "
+        "form in its place: F.to_low_rank(), KFACLinearOperator, a diagonal, or TensorLinearOperator(F.to_dense())."
     )
 
 
@@ -76,6 +79,17 @@ def from_state(state: Mapping[str, Any], device: torch.device) -> LinearOperator
         raise ValueError(f"Expected the state of an operator, one of {[*_KINDS, 'sum']}, got {kind!r}.")
     _, _, read = _KINDS[kind]
     return read(state, device)
+
+
+def _inner(operator: LinearOperator) -> LinearOperator:
+    """What is within the nodes that a sum puts around terms on flat vectors, its number multiplied in."""
+    within = getattr(operator, "operator", None)
+    if not isinstance(within, LinearOperator):
+        return operator
+    factor: float | None = getattr(operator, "factor", None)
+    if factor is not None:
+        return factor * _inner(within)
+    return operator if within.domain.shapes == operator.domain.shapes else _inner(within)
 
 
 # -- one pair of functions a kind --------------------------------------------------------------------------------------
