@@ -119,7 +119,7 @@ def learn(name, method, strength, seed, part="test"):
 
 
 def summary(accuracies):
-    """Mean accuracy in the end, right after each task was learnt, and what was lost of the first four since."""
+    """Mean accuracy in the end, right after each task was learnt, and what the first four lost since their best."""
     end, learnt = accuracies[-1], accuracies.diagonal()
     lost = (accuracies.amax(0) - end)[:-1]
     return torch.stack([end.mean(), learnt.mean(), lost.mean()])
@@ -198,7 +198,7 @@ for ax in axes[1]:
 fig.colorbar(image, ax=axes, shrink=0.6, label="accuracy")
 
 if FULL:
-    folder = Path("docs/applications")  # seen from the root of the project
+    folder = Path(__file__).parents[1] / "docs" / "applications"
     folder.mkdir(exist_ok=True)
     fig.savefig(folder / "ewc.png", dpi=110)
     numbers = {

@@ -222,7 +222,7 @@ for ax in (left, right):
     ax.grid(alpha=0.3)
 right.legend()
 if FULL:
-    folder = Path("docs/applications")  # seen from the root of the project
+    folder = Path(__file__).parents[1] / "docs" / "applications"
     folder.mkdir(exist_ok=True)
     fig.savefig(folder / "fishleg.png", dpi=110)
     kept = {"num_steps": NUM_STEPS, "seeds": SEEDS, "every": EVERY, "tuning": tuning, "results": results}

@@ -273,6 +273,13 @@ def saved(ewc: EWC) -> Any:
     return torch.load(file, weights_only=True)
 
 
+def test_a_part_of_a_matrix_is_not_stored_as_the_whole() -> None:
+    ewc = EWC(network())
+    ewc.consolidate(fisher_of("low rank", network()).block("0.*"))
+    with pytest.raises(NotImplementedError, match="or a part of it, is known by its products alone"):
+        ewc.state_dict()
+
+
 def test_states_of_every_kind_and_mode() -> None:
     for mode, kinds in (("multi", list(KINDS)), ("online", ["diagonals", "KFAC", "EKFAC", "low rank"])):
         for kind in kinds:

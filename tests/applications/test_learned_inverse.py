@@ -470,8 +470,16 @@ def test_it_learns_without_gradients_around_it(around: Callable[[], Any]) -> Non
     again = LearnedInverseLinearOperator(model, damping=0.1)
     with around():
         again.load_state_dict(Q.state_dict())
+        copies = [Q.frozen(), Q.to_block_diagonal()]
+        assert all(torch.equal(copied @ noise(8), Q @ noise(8)) for copied in copies)
+    assert all(torch.equal(copied.to_dense(), Q.to_dense()) for copied in copies)
     assert again.fit(lambda v: v, 2) == Q.fit(lambda v: v, 2)
     assert torch.equal(again.to_dense(), Q.to_dense())
+    broken = Q.state_dict() | {"adam": {"state": {}, "param_groups": []}}
+    before = again.state_dict()["generator"]
+    with pytest.raises(ValueError):
+        again.load_state_dict(broken | {"generator": torch.Generator().manual_seed(7).get_state()})
+    assert torch.equal(again.state_dict()["generator"], before)
 
 
 def test_errors() -> None:

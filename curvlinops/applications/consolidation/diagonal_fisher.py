@@ -79,7 +79,7 @@ def diagonal_fisher(
             come from its dataset. Other iterables must be sequences.
         noise_variance: σ² of a regression, whose negative log-likelihood is ½ ‖f − y‖² / σ²; needs a squared error.
         terms: For ``"empirical"``, whether each position of a datum is squared on its own (``"position"``), or their
-            sum is (``"datum"``). In expectation both are the same.
+            sum is (``"datum"``). Without effect on the other kinds, since in expectation both are the same.
         output_slice: Slice or indices on axis 1 of the prediction: the head of a task. Targets count from its first.
         batch_size: Data of a mini-batch, for a ``Dataset`` or a pair of tensors.
         check_deterministic: Whether to check that model and data repeat.

@@ -161,6 +161,8 @@ class EWC:
         Raises:
             TypeError: If the Fisher matrix is neither.
             ValueError: If it, or the anchor, does not fit the parameters, or there is a task of this name.
+            NotImplementedError: If it is known by products with a callable that closes over its parameters, which
+                cannot be frozen.
         """
         if task is None:
             task = next(number for number in range(self.num_tasks + 1) if number not in self._tasks)

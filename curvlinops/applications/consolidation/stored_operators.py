@@ -57,8 +57,8 @@ def to_state(operator: LinearOperator) -> State:
     while isinstance(getattr(inmost, "operator", None), LinearOperator):
         inmost = inmost.operator  # what the user knows, without the nodes around it
     raise NotImplementedError(
-        f"F, {inmost!r}, is known by its products, which take a model and data, so it cannot be stored. Use a closed "
-        "form in its place: F.to_low_rank(), KFACLinearOperator, a diagonal, or TensorLinearOperator(F.to_dense())."
+        f"F, {inmost!r}, or a part of it, is known by its products alone, so it cannot be stored. Use a closed form of "
+        "its own in its place: F.to_low_rank(), KFACLinearOperator, a diagonal, or TensorLinearOperator(F.to_dense())."
     )
 
 
@@ -84,8 +84,8 @@ def from_state(state: Mapping[str, Any], device: torch.device) -> LinearOperator
 def _inner(operator: LinearOperator) -> LinearOperator:
     """What is within the nodes that a sum puts around terms on flat vectors, its number multiplied in."""
     within = getattr(operator, "operator", None)
-    if not isinstance(within, LinearOperator):
-        return operator
+    if not isinstance(within, LinearOperator) or within.shape != operator.shape:
+        return operator  # a block of a matrix is not that matrix
     factor: float | None = getattr(operator, "factor", None)
     if factor is not None:
         return factor * _inner(within)

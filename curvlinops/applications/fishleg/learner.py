@@ -109,6 +109,8 @@ class InverseLearner:
 
     def _step(self, Q: LearnedInverseLinearOperator, matvec: Product, u: Tensors, lr: float) -> float:
         """One step of Q along u, with zeros where nothing is learned, so that nothing mixes with those entries."""
+        if set(Q.structure.values()) == {"identity"}:
+            return 0.0
         if self._settings.normalization:
             length = sqrt(inner(u, u)) or 1.0
             u = {name: entry / length for name, entry in u.items()}
@@ -117,8 +119,6 @@ class InverseLearner:
             name: u[name].to(Q.dtype) if name in u else torch.zeros(shape, dtype=Q.dtype, device=Q.device)
             for name, shape in zip(names, shapes, strict=True)
         }
-        if set(Q.structure.values()) == {"identity"}:
-            return 0.0
         Q.learning_rate = lr
         return Q.update(matvec, whole, precondition=self._settings.precondition)
 

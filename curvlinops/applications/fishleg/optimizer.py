@@ -28,7 +28,8 @@ class FishLeg(Optimizer):
     a ``likelihood`` that of the generalised Gauss-Newton matrix; without, that of the Hessian B of the ``nll`` of
     labels that were drawn, whose expectation is F. A step on which vᵀBv < 0 is skipped and counted.
 
-    :meth:`step` changes the parameters of model and likelihood, and nothing else of the user's. ``draw``, ``nll``,
+    :meth:`step` changes the parameters of model and likelihood, and nothing else of the user's, but that a likelihood's
+    own generator moves on with its draws. ``draw``, ``nll``,
     ``warmup_loss`` and the loaders run under random states of the optimiser's own; buffers are put back after them. The
     mode of the model is left as it is: with batch normalisation in training mode F is that of the network as it trains.
 
@@ -74,7 +75,7 @@ class FishLeg(Optimizer):
         TypeError: If an argument is of the wrong kind.
         ValueError: If a number is out of range, a name matches nothing, or nothing requires gradients.
 
-    >>> from curvlinops.applications.fishleg.likelihoods import FixedGaussianLikelihood
+    >>> from curvlinops import FixedGaussianLikelihood
     >>> model, likelihood = nn.Linear(2, 1), FixedGaussianLikelihood(1.0)
     >>> data = [(torch.eye(2), torch.ones(2, 1))]
     >>> def nll(model, batch):

@@ -57,7 +57,8 @@ class LearnedBlock:
     def copied(self) -> LearnedBlock:
         """The same inverse with factors of its own, which are not learned any more."""
         result = copy(self)
-        result.raw = {letter: raw.detach().clone() for letter, raw in self.raw.items()}
+        with torch.inference_mode(False):  # whose tensors do not tell when they change
+            result.raw = {letter: raw.detach().clone() for letter, raw in self.raw.items()}
         result._kept = None
         return result
 

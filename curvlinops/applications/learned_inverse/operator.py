@@ -272,11 +272,11 @@ class LearnedInverseLinearOperator(LinearOperator):
             ValueError: If it belongs to other settings or parameters; then nothing has changed.
         """
         checked_state(state, self.state_dict())
-        self._own_generator().set_state(state["generator"].cpu())
         with torch.inference_mode(False), torch.no_grad():
-            if self._adam is not None:
+            if self._adam is not None:  # which refuses what does not fit
                 self._adam.load_state_dict(copy.deepcopy(state["adam"]))
             self._blocks.load(state["factors"])
+        self._own_generator().set_state(state["generator"].cpu())
         self.num_updates = int(state["num_updates"])
 
     def frozen(self) -> LearnedInverseLinearOperator:

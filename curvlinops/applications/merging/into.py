@@ -92,8 +92,9 @@ def merge_into(
         unmerged=unmerged,
         return_info=True,
     )
-    writes = _writes(dict(model.named_parameters()), merged, "parameter")
-    unknown = [name for name in merged if name not in dict(model.named_parameters())]
+    own = dict(model.named_parameters())
+    writes = _writes(own, merged, "parameter")
+    unknown = [name for name in merged if name not in own]
     if unknown and strict:
         raise ValueError(
             f"The result has parameters that the module lacks: {unknown}. Leave them out of the models, or pass "

@@ -32,8 +32,8 @@ class MergeInfo:
         quadratic_forms: δᵀF_t δ with δ = θ - θ_t for each model, without its weight; F_t as normalised and floored.
         predicted_rise: Σ w_t ½ δᵀF_t δ: by how much the weighted sum of the losses rises to second order, where each
             model is at a minimum of its own.
-        method: ``"closed form"``, ``"block by block"``, ``"conjugate gradients"``, ``"MINRES"``, or the class of what
-            the user's solver made.
+        method: ``"closed form"``, ``"block by block"``, ``"conjugate gradients"``, ``"MINRES"``, or what the
+            user's solver calls it, or its class.
 
     >>> info = merge([{"w": torch.zeros(2)}, {"w": torch.ones(2)}], return_info=True)[1]
     >>> info.method, info.quadratic_forms, info.predicted_rise

@@ -75,9 +75,10 @@ def _closed(A: Any, b: Tensor, is_damped: bool) -> Tensor | None:
     if not hasattr(A, "inverse" if is_damped else "pinv"):
         return None
     try:
-        x: Tensor = (A.inverse() if is_damped else A.pinv()) @ b
+        inverse = A.inverse() if is_damped else A.pinv()
     except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
         return None
+    x: Tensor = inverse @ b
     return x
 
 

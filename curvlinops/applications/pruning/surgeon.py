@@ -22,7 +22,8 @@ class PruneInfo:
         sparsity: Share of the prunable entries that are zero.
         predicted_rise: ½ θ_Sᵀ (Q_SS)⁻¹ θ_S, by which the quadratic model says that the loss rises, for Q the inverse
             of the loss's curvature; ``None`` without compensation.
-        residual: The largest relative residual of the systems with Q_SS that the compensation is made of.
+        residual: The largest relative residual of the systems that were solved for the compensation: Q_SS, or H_KK
+            where it is solved by H = Q⁻¹.
     """
 
     sparsity: float
