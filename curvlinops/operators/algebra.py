@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from curvlinops.memory import default_budget
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.closed_forms import check_parts, needs
+from curvlinops.operators.linearising import linearized, shared_memory
 from curvlinops.operators.space import Space
 
 
@@ -114,19 +114,6 @@ def adopt(operator: LinearOperator, domain: Space, codomain: Space) -> LinearOpe
     if operator.domain.shapes == domain.shapes and operator.codomain.shapes == codomain.shapes:
         return operator
     return Reshaped(operator, domain, codomain)
-
-
-def linearized(operator: LinearOperator, max_memory: int | None, engine: str) -> LinearOperator:
-    """The operator, linearised; one that a user wrote need not know engines."""
-    return operator.linearize(max_memory) if engine == "auto" else operator.linearize(max_memory, engine=engine)
-
-
-def shared_memory(max_memory: int | None, operators: Sequence[LinearOperator]) -> int | None:
-    """What each of several operators may keep when all are linearised; those with nothing to prepare keep nothing."""
-    prepared = [o for o in operators if type(o).linearize is not LinearOperator.linearize]
-    if len(prepared) < 2:
-        return max_memory
-    return (default_budget(prepared[0].device) if max_memory is None else max_memory) // len(prepared)
 
 
 class Node(LinearOperator):
@@ -233,6 +220,19 @@ class Scaled(Node):
         self.factor = factor
         self.SELF_ADJOINT = operator.SELF_ADJOINT
         self.POSITIVE_SEMIDEFINITE = operator.POSITIVE_SEMIDEFINITE and factor >= 0
+
+    def _check_closed(self, quantity: str) -> None:
+        check_parts([self.operator], quantity, "Part")
+
+    @needs("diagonal")
+    def diagonal(self) -> Tensor:
+        """The diagonal ``[D]``."""
+        return self.factor * self.operator.diagonal()  # type: ignore[attr-defined, no-any-return]
+
+    @needs("trace")
+    def trace(self) -> Tensor:
+        """The trace."""
+        return self.factor * self.operator.trace()  # type: ignore[attr-defined, no-any-return]
 
     @property
     def _is_definite(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from curvlinops.operators.algebra import _recut, agreed, linearized, shared_memory
+from curvlinops.operators.algebra import _recut, agreed
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.block_positions import checked_positions, joined_space
 from curvlinops.operators.closed_forms import check_parts, needs
@@ -18,6 +18,7 @@ from curvlinops.operators.eigen_decomposed import EigenDecomposed
 from curvlinops.operators.factor_sets import eigendecompositions
 from curvlinops.operators.kronecker import Kronecker
 from curvlinops.operators.kronecker_inverse import kronecker_inverses
+from curvlinops.operators.linearising import linearized, shared_memory
 from curvlinops.operators.sampling import checked_generator
 from curvlinops.operators.space import Space
 from curvlinops.operators.structured import Diagonal, checked_logdet

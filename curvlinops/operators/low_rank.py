@@ -8,9 +8,10 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops.operators import woodbury
-from curvlinops.operators.algebra import _recut, adopt, linearized
+from curvlinops.operators.algebra import _recut, adopt
 from curvlinops.operators.base import LinearOperator
 from curvlinops.operators.gram import row_squares
+from curvlinops.operators.linearising import linearized
 from curvlinops.operators.low_rank_part import LowRankPart
 from curvlinops.operators.sampling import checked_generator
 from curvlinops.operators.space import Space, working_dtype

@@ -342,6 +342,10 @@ def test_diagonal_and_trace_of_a_lazy_sum() -> None:
     A, B = Kronecker(*factors), Kronecker(factors[1], factors[0] @ factors[0])
     total = A + B
     assert not hasattr(total, "inverse")
+    flat = A + TensorLinearOperator(factors[0].kron(factors[1]))
+    for lazy in (2.0 * (flat + B), -1.0 * flat):
+        torch.testing.assert_close(lazy.diagonal(), lazy.to_dense().diagonal())
+        torch.testing.assert_close(lazy.trace(), lazy.to_dense().trace())
     torch.testing.assert_close(total.diagonal(), total.to_dense().diagonal())
     torch.testing.assert_close(total.trace(), total.to_dense().trace())
     assert not hasattr(A + A @ B @ A, "trace")
