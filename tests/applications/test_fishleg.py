@@ -566,13 +566,13 @@ def test_what_is_odd_is_left_out_or_refused() -> None:
 def test_errors() -> None:
     model = network()
     for options, message in [
-        ({"fish_lr": -1.0}, "fish_lr: expected a number that is not negative"),
+        ({"fish_lr": -1.0}, "fish_lr: expected a finite number of at least 0"),
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"beta": 1.0}, "beta: expected a number from 0"),
         ({"aux_lr": -1e-3}, "aux_lr"),
         ({"damping": -1.0}, "damping"),
         ({"scale": 0.0}, "scale"),
-        ({"num_steps": 0}, "num_steps: expected a whole number from 1 on"),
+        ({"num_steps": 0}, "num_steps: expected an integer of at least 1"),
         ({"warmup": -1}, "warmup"),
         ({"update_aux_every": 0.5}, "update_aux_every"),
     ]:

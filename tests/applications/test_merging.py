@@ -581,7 +581,7 @@ REFUSED: list[tuple[Any, Any, dict[str, Any], type[Exception], str]] = [
     ([ONES, {f"module.{n}": t for n, t in ONES.items()}], None, {}, ValueError, "'_orig_mod.'"),
     ([ONES, TWO[1], {"head": ONES["b"]}], None, {}, ValueError, r"models\[2\] has no parameter name in common"),
     ([ONES, {**ONES, "b": torch.ones(2, device="meta")}], None, {}, ValueError, "on the meta device"),
-    (TWO, None, {"damping": "a"}, TypeError, "damping: expected a number, got 'a'"),
+    (TWO, None, {"damping": "a"}, ValueError, r"damping: expected a finite number of at least 0, got .a"),
     ([NAN, ONES], None, {}, ValueError, r"models\[0\], 'b': 1 of 2 entries are not finite"),
     (
         [ONES, {**ONES, "w": torch.ones(3, 3)}],

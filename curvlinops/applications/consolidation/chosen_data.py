@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, RandomSampler, SequentialSampler, Subset
 
+from curvlinops.applications.checked_numbers import checked_count
+
 
 class CountedData:
     """Mini-batches that are counted, datum by datum, as they are read.
@@ -95,8 +97,8 @@ def batches_of(data: Any, batch_size: int = 256, max_data: int | None = None, se
     [4, 2]
     """
     for what, number in (("batch_size", batch_size), ("max_data", max_data)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-            raise ValueError(f"{what}: expected an integer of at least 1, got {number!r}.")
+        if number is not None:
+            checked_count(number, what)
     if isinstance(data, DataLoader):
         return data if max_data is None else _of_loader(data, max_data, seed)
     if isinstance(data, Dataset):

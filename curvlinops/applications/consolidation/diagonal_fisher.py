@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import EFDiagonalLinearOperator, GGNDiagonalLinearOperator, Space
-from curvlinops.applications.consolidation.checked_number import checked_number
+from curvlinops.applications.checked_numbers import checked_count, checked_number
 from curvlinops.applications.consolidation.chosen_data import CountedData, batches_of
 from curvlinops.applications.named_tensors import named_tensors
 
@@ -124,8 +124,7 @@ def _check_options(kind: str, mc_samples: int, seed: int, terms: str) -> None:
         raise ValueError(f"kind: expected 'empirical', 'true' or 'mc', got {kind!r}.")
     if terms not in ("position", "datum"):
         raise ValueError(f"terms: expected 'position' or 'datum', got {terms!r}.")
-    if kind == "mc" and (isinstance(mc_samples, bool) or not isinstance(mc_samples, int) or mc_samples < 1):
-        raise ValueError(f"mc_samples: expected an integer of at least 1, got {mc_samples!r}.")
+    checked_count(mc_samples, "mc_samples")
     if kind != "mc" and mc_samples != 1:
         raise ValueError(f"mc_samples: belongs to kind='mc', and the kind is {kind!r}.")
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from curvlinops import Diagonal, LinearOperator, exact_diagonal
-from curvlinops.applications.consolidation.checked_number import checked_number
+from curvlinops.applications.checked_numbers import checked_number
 from curvlinops.applications.consolidation.half_quadratic import half_quadratic
 from curvlinops.applications.consolidation.named_vectors import NamedVectors
 from curvlinops.applications.consolidation.stored_operators import from_state, to_state

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from curvlinops.applications.checked_numbers import checked_count, checked_number
 from curvlinops.applications.fishleg.learner import InverseLearner
 from curvlinops.applications.fishleg.likelihoods import Likelihood
 from curvlinops.applications.fishleg.problem import BatchLoss, Draw, InverseSettings, Problem, all_finite, gradients_of
-from curvlinops.applications.fishleg.schedule import AuxiliarySchedule, check_count, check_numbers
+from curvlinops.applications.fishleg.schedule import AuxiliarySchedule
 from curvlinops.applications.fishleg.selection import Selection, patterns_of
 from curvlinops.applications.learned_inverse.operator import LearnedInverseLinearOperator
 
@@ -120,8 +121,8 @@ class FishLeg(Optimizer):
         precondition: bool = True,
         seed: int = 2147483647,
     ) -> None:
-        check_numbers(fish_lr=fish_lr, weight_decay=weight_decay)
-        check_count("warmup", warmup, 0)
+        fish_lr, weight_decay = checked_number(fish_lr, "fish_lr"), checked_number(weight_decay, "weight_decay")
+        checked_count(warmup, "warmup", least=0)
         if not 0 <= beta < 1:
             raise ValueError(f"beta: expected a number from 0 up to but less than 1, got {beta!r}.")
         self._schedule = AuxiliarySchedule(update_aux_every, aux_lr, num_steps)
@@ -264,7 +265,7 @@ class FishLeg(Optimizer):
         Raises:
             FloatingPointError: If a gradient or the curvature is not finite.
         """
-        check_count("iterations", iterations, 0)
+        checked_count(iterations, "iterations", least=0)
         batches = self._learner.walk_over(dataloader)
         lr = self._schedule.lr if aux_lr is None else aux_lr
         return [self._learner.update(self._learner.gradients(loss, batches.next()), lr) for _ in range(iterations)]

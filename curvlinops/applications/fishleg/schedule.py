@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import cos, isfinite, pi
+from math import cos, pi
+
+from curvlinops.applications.checked_numbers import checked_count, checked_number
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class AuxiliarySchedule:
     def __post_init__(self) -> None:
         if not isinstance(self.every, int):
             raise ValueError(f"update_aux_every: expected a whole number, got {self.every!r}.")
-        check_numbers(aux_lr=self.lr)
+        checked_number(self.lr, "aux_lr")
         if self.num_steps is not None:
-            check_count("num_steps", self.num_steps, 1)
+            checked_count(self.num_steps, "num_steps")
 
     def num_due(self, step: int) -> int:
         """The number of auxiliary steps in step number ``step``, counted from 0."""
@@ -36,16 +38,3 @@ class AuxiliarySchedule:
         if self.num_steps is None:
             return self.lr
         return 0.0 if step >= self.num_steps else self.lr * 0.5 * (1 + cos(pi * step / self.num_steps))
-
-
-def check_numbers(**values: float) -> None:
-    """Refuse what is negative or not finite."""
-    for name, value in values.items():
-        if not isinstance(value, (int, float)) or not (isfinite(value) and value >= 0):
-            raise ValueError(f"{name}: expected a number that is not negative, got {value!r}.")
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Refuse what is no whole number, or less than what there must be at least."""
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}: expected a whole number from {least} on, got {value!r}.")

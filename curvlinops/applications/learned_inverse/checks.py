@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import inf
 from typing import Any
 
 import torch
+
+from curvlinops.applications.checked_numbers import checked_number
 
 
 def checked_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
@@ -47,8 +48,7 @@ def checked_numbers(damping: float, scale: float | None, dtype: torch.dtype) -> 
     Raises:
         ValueError: If one is out of range, or the damping is zero and there is no scale.
     """
-    if not 0 <= damping < inf:
-        raise ValueError(f"damping: expected a number of at least 0, got {damping!r}.")
+    damping = checked_number(damping, "damping")
     if scale is None:
         if damping == 0:
             raise ValueError("scale: with damping=0 there is no default 1 / damping: pass the scale to begin at.")
@@ -59,4 +59,4 @@ def checked_numbers(damping: float, scale: float | None, dtype: torch.dtype) -> 
             f"scale: expected a positive number, and from {range_of.tiny:.1e} to {range_of.max:.1e} as {dtype} has "
             f"them, got {scale!r}; by default it is 1 / damping."
         )
-    return float(damping), float(scale)
+    return damping, float(scale)

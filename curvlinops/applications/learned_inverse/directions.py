@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from curvlinops import Space
+from curvlinops.applications.checked_numbers import checked_count
 from curvlinops.applications.learned_inverse.steps import Matrix
 
 
@@ -33,8 +34,7 @@ def directions_from(
     """
     if kind not in ("gaussian", "gradient"):
         raise ValueError(f"directions: expected 'gaussian' or 'gradient', got {kind!r}.")
-    if isinstance(num, bool) or not isinstance(num, int) or num < 1:
-        raise ValueError(f"num_directions: expected an integer of at least 1, got {num!r}.")
+    checked_count(num, "num_directions")
     if kind == "gaussian":
         if gradient is not None:
             raise ValueError("gradient: it has no effect on directions='gaussian'; pass directions='gradient'.")

@@ -11,6 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from curvlinops import LinearOperator, Space
+from curvlinops.applications.checked_numbers import checked_count
 
 #: An operator, or a function of a vector, that multiplies by the matrix to be inverted.
 Matrix: TypeAlias = LinearOperator | Callable[[Any], Any]
@@ -98,7 +99,6 @@ def counted_steps(num_steps: int, progressbar: bool) -> Iterable[int]:
     Raises:
         ValueError: If their number is no integer of at least 0.
     """
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(f"num_steps: expected an integer of at least 0, got {num_steps!r}.")
-    steps: Iterable[int] = tqdm(range(num_steps), desc="Learned inverse", disable=not progressbar, leave=False)
+    count = checked_count(num_steps, "num_steps", least=0)
+    steps: Iterable[int] = tqdm(range(count), desc="Learned inverse", disable=not progressbar, leave=False)
     return steps

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from curvlinops import Diagonal, IdentityLinearOperator, LinearOperator, Space
+from curvlinops.applications.checked_numbers import checked_number
 from curvlinops.applications.merging.models import Models
 from curvlinops.applications.named_tensors import as_operator, named_tensors
 
@@ -81,9 +82,7 @@ def read_fishers(fishers: Sequence[Any] | None, models: Models, normalize: bool,
         TypeError: If a Fisher is of another kind.
         ValueError: If numbers, names, shapes or values do not fit, or an option cannot be followed.
     """
-    floor = float(floor)
-    if not (isfinite(floor) and floor >= 0):
-        raise ValueError(f"floor: expected a finite number of at least 0, got {floor}.")
+    floor = checked_number(floor, "floor")
     if fishers is None:
         if normalize or floor:
             raise ValueError("normalize and floor are for Fisher matrices, and there are none: pass weights.")

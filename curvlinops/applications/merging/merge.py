@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
 from curvlinops import LinearOperator
+from curvlinops.applications.checked_numbers import checked_number
 from curvlinops.applications.merging.fishers import Fisher, read_fishers
 from curvlinops.applications.merging.models import Models
 from curvlinops.applications.merging.solve import Solver
@@ -193,7 +194,7 @@ def merged_values(
     # Nothing of this is for the half precision of a surrounding autocast.
     no_autocast = torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False)
     with torch.inference_mode(False), torch.no_grad(), no_autocast[0], no_autocast[1]:
-        damping = _checked_damping(damping)
+        damping = checked_number(damping, "damping")
         _checked_choice(unmerged, ("average", "anchor", "error"), "unmerged")
         read = Models(models, weights)
         matrices = read_fishers(fishers, read, normalize, floor)
@@ -280,13 +281,3 @@ def _checked_choice(value: Any, words: Sequence[str], what: str) -> None:
     close = difflib.get_close_matches(str(value), words, n=1)
     hint = f" Did you mean '{close[0]}'?" if close else ""
     raise ValueError(f"{what}: expected one of {list(words)}, got {value!r}.{hint}")
-
-
-def _checked_damping(damping: Any) -> float:
-    try:
-        number = float(damping)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"damping: expected a number, got {damping!r}.") from error
-    if not (isfinite(number) and number >= 0):
-        raise ValueError(f"damping: expected a finite number of at least 0, got {number}.")
-    return number

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import isfinite
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from curvlinops import Space
+from curvlinops.applications.checked_numbers import checked_number
 from curvlinops.applications.named_tensors import named_tensors
 
 
@@ -92,11 +92,11 @@ def weighted_mean(tensors: Sequence[Tensor], weights: Sequence[float], moved: Ca
 def _checked_weights(weights: Iterable[Any] | None, num_models: int) -> list[float]:
     if weights is None:
         return [1.0] * num_models
-    found = [float(weight) for weight in weights]
+    found = [checked_number(weight, "weights") for weight in weights]
     if len(found) != num_models:
         raise ValueError(f"weights: expected one for each of {num_models} models, got {len(found)}.")
-    if not all(isfinite(weight) and weight >= 0 for weight in found) or not any(found):
-        raise ValueError(f"weights: expected finite numbers of at least 0, not all of them 0, got {found}.")
+    if not any(found):
+        raise ValueError("weights: expected finite numbers of at least 0, not all of them 0.")
     return found
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from curvlinops import LinearOperator
+from curvlinops.applications.checked_numbers import checked_count
 from curvlinops.applications.pruning.compensation import Tolerance, compensation
 from curvlinops.applications.pruning.covered import CoveredParameters
 
@@ -163,7 +164,7 @@ def prune(
     tolerance = _tolerance(Q, rtol, max_iter)
     values, pruned = covered.values, torch.zeros_like(candidates)
     info = PruneInfo(0.0, 0.0 if compensate else None, 0.0)
-    for count in _schedule(values[candidates], _checked_sparsity(sparsity), _checked_count(steps, "steps")):
+    for count in _schedule(values[candidates], _checked_sparsity(sparsity), checked_count(steps, "steps")):
         pruned = _lowest(values.abs() / covered.diagonal.sqrt(), candidates, pruned, count)
         share = count / int(candidates.sum())
         values, info = covered.values, PruneInfo(share, None, 0.0)
@@ -198,14 +199,8 @@ def _checked_sparsity(sparsity: float) -> float:
     return float(sparsity)
 
 
-def _checked_count(count: int, name: str) -> int:
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name}: expected a whole number of at least 1, got {count!r}.")
-    return count
-
-
 def _tolerance(Q: LinearOperator, rtol: float | None, max_iter: int | None) -> Tolerance:
     if rtol is not None and not 0 <= rtol < 1:
         raise ValueError(f"rtol: expected a number of at least 0 and below 1, got {rtol}.")
-    limit = None if max_iter is None else _checked_count(max_iter, "max_iter")
+    limit = None if max_iter is None else checked_count(max_iter, "max_iter")
     return Tolerance(torch.finfo(Q.dtype).eps ** 0.5 if rtol is None else float(rtol), limit)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import isfinite, nan
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -30,3 +30,22 @@ def checked_number(number: Any, name: str, *, is_positive: bool = False) -> floa
         expected = "a positive finite number" if is_positive else "a finite number of at least 0"
         raise ValueError(f"{name}: expected {expected}, got {number!r:.80}.")
     return value
+
+
+def checked_count(count: Any, name: str, *, least: int = 1) -> int:
+    """An integer of at least so much.
+
+    Args:
+        count: What the user gave.
+        name: How messages call it.
+        least: The least that is allowed.
+
+    Raises:
+        ValueError: If it is something else.
+
+    >>> checked_count(3, "steps")
+    3
+    """
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {count!r:.80}.")
+    return int(count)
