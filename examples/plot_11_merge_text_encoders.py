@@ -10,7 +10,7 @@ encoders are three times the memory. Can one encoder, made from their parameters
 
 .. math::
 
-    \theta = a + \Big(\sum_t F_t + \lambda I\Big)^{-1} \sum_t F_t (\theta_t - a) ,
+    \theta = a + \bigl(\sum_t F_t + \lambda I\bigr)^{-1} \sum_t F_t (\theta_t - a) ,
 
 with the parameters :math:`\theta_t` and the Fisher matrix :math:`F_t` of task :math:`t`, the mean :math:`a` of the
 three, and a damping :math:`\lambda`. What differs between the methods is what stands for :math:`F_t`: the identity (the
