@@ -70,7 +70,7 @@ class CurvatureDiagonal(Diagonal, CurvatureLinearOperator):
         parts = []
         for units in unit_columns(self.domain, self._chunk_size or DEFAULT_CHUNK_SIZE):
             parts.append((units * Space.merge(product(self.domain.split(units)))).sum(0))
-        return [entries.squeeze(-1) for entries in self.domain.split(torch.cat(parts).unsqueeze(-1))]
+        return self.domain.shaped(torch.cat(parts))
 
     def _linearize_batch(self, X: Any, y: Any) -> BatchProduct:
         diagonal = self._diagonal_batch(X, y)

@@ -170,10 +170,10 @@ def _known_row_squares(U: LinearOperator, weights: Tensor) -> list[Tensor] | Non
     if isinstance(U, HStack) and weights.ndim == 1:
         parts = weights.split([operator.shape[1] for operator in U.operators])
         flat = [_flat(row_squares(operator, part)) for operator, part in zip(U.operators, parts, strict=True)]
-        return _cut(torch.stack(flat).sum(0), U.codomain)
+        return U.codomain.shaped(torch.stack(flat).sum(0))
     if isinstance(U, (Scaled, Reshaped)):
         factor = U.factor if isinstance(U, Scaled) else 1.0
-        return _cut(factor**2 * _flat(row_squares(U.operator, weights)), U.codomain)
+        return U.codomain.shaped(factor**2 * _flat(row_squares(U.operator, weights)))
     combined = _combination(U)
     if combined is not None:
         T = combined[1].to(weights.dtype)
@@ -183,10 +183,6 @@ def _known_row_squares(U: LinearOperator, weights: Tensor) -> list[Tensor] | Non
 
 def _flat(entries: list[Tensor]) -> Tensor:
     return torch.cat([entry.flatten() for entry in entries])
-
-
-def _cut(flat: Tensor, space: Space) -> list[Tensor]:
-    return [part.squeeze(-1) for part in space.split(flat.unsqueeze(-1))]
 
 
 # -- by products -------------------------------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def _transposed_product(U: LinearOperator, Y: Tensor) -> Tensor:
 def _row_squares_by_products(U: LinearOperator, weights: Tensor) -> list[Tensor]:
     total = torch.zeros(U.shape[0], dtype=working_dtype(U.dtype), device=U.device)
     if weights.numel() == 0:
-        return _cut(total, U.codomain)
+        return U.codomain.shaped(total)
     T = None
     if weights.ndim == 2:
         weights, T = torch.linalg.eigh(weights.double())
@@ -227,4 +223,4 @@ def _row_squares_by_products(U: LinearOperator, weights: Tensor) -> list[Tensor]
     for Y in _columns(U, T):
         total += Y.square() @ weights[start : start + Y.shape[1]].to(Y.dtype)
         start += Y.shape[1]
-    return _cut(total, U.codomain)
+    return U.codomain.shaped(total)

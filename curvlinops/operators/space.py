@@ -95,6 +95,10 @@ class Space:
         parts = torch.split(flat, self.sizes)
         return [part.reshape(*shape, flat.shape[1]) for part, shape in zip(parts, self.shapes, strict=True)]
 
+    def shaped(self, vector: Tensor) -> list[Tensor]:
+        """The parts of a vector ``[D]`` in the shapes of the tensors."""
+        return [part.squeeze(-1) for part in self.split(vector.unsqueeze(-1))]
+
     @staticmethod
     def merge(columns: Sequence[Tensor]) -> Tensor:
         """Glue columns-last tensors ``[*shape, K]`` to ``[D, K]``, each column in one piece of memory."""

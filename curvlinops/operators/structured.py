@@ -197,7 +197,7 @@ class Diagonal(LinearOperator):
         """The entries in the shapes of a space of the same size."""
         if self.domain.shapes == space.shapes:
             return self._entries
-        return [part.squeeze(-1) for part in space.split(self.diagonal().unsqueeze(-1))]
+        return space.shaped(self.diagonal())
 
 
 class IdentityLinearOperator(Diagonal):

@@ -197,8 +197,7 @@ def _parts(total: Tensor, space: Space, scale: float) -> list[Tensor]:
             f"The sum of squares over data is beyond the range of {total.dtype}: convert the model to float32 first."
         )
     wide = total.float() if total.dtype in (torch.bfloat16, torch.float16) else total
-    parts = zip(wide.split(space.sizes), space.shapes, strict=True)
-    return [(scale * part).reshape(shape) for part, shape in parts]
+    return [scale * part for part in space.shaped(wide)]
 
 
 @contextmanager

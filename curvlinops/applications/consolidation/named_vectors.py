@@ -110,8 +110,7 @@ class NamedVectors:
 
     def by_name(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a vector in the shapes of the parameters, each in memory of its own."""
-        parts = zip(self.names, vector.split(self.space.sizes), self.space.shapes, strict=True)
-        return {name: part.reshape(shape).clone() for name, part, shape in parts}
+        return {name: part.clone() for name, part in zip(self.names, self.space.shaped(vector), strict=True)}
 
 
 def _keys(fisher: Any) -> tuple[str, ...] | None:

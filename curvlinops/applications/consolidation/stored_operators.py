@@ -96,8 +96,7 @@ def _inner(operator: LinearOperator) -> LinearOperator:
 
 
 def _write_diagonal(A: Diagonal) -> State:
-    parts = A.diagonal().split(A.domain.sizes)
-    tensors = [part.reshape(shape).clone() for part, shape in zip(parts, A.domain.shapes, strict=True)]
+    tensors = [part.clone() for part in A.domain.shaped(A.diagonal())]
     names = A.domain.names
     entries = tensors if names is None else dict(zip(names, tensors, strict=True))
     return {"entries": entries, "is_positive": A.POSITIVE_SEMIDEFINITE}

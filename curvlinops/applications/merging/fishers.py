@@ -130,8 +130,7 @@ def _read(given: Any, tensors: Mapping[str, Tensor], space: Space, what: str) ->
 
 def _diagonal(entries: Tensor, space: Space, what: str) -> LinearOperator:
     """A checked diagonal of entries ``[D]``."""
-    parts = [part.reshape(shape) for part, shape in zip(entries.split(space.sizes), space.shapes, strict=True)]
-    return as_operator(parts, space, what)
+    return as_operator(space.shaped(entries), space, what)
 
 
 def _normalised(fisher: Fisher, what: str) -> Fisher:

@@ -70,8 +70,7 @@ class System:
 
     def _shaped(self, vector: Tensor) -> dict[str, Tensor]:
         """The parts of a vector ``[D]`` by name."""
-        parts = zip(vector.split(self.space.sizes), self.space.shapes, strict=True)
-        return dict(zip(self.names, (part.reshape(shape) for part, shape in parts), strict=True))
+        return dict(zip(self.names, self.space.shaped(vector), strict=True))
 
     def _difference(self, models: Models, number: int, names: Collection[str]) -> Tensor:
         """θ_t - a of the parameters that the model's Fisher matrix covers, zero elsewhere ``[D]``."""
